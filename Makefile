@@ -1,0 +1,53 @@
+# `make demo` and `make test` are all a newcomer needs. Every target works from the
+# project's own files: the virtual environment below is made once and brought up to
+# date whenever the list of dependencies changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WHEEL_VENV := build/wheel-venv
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint bench wheel
+
+help:
+	@echo "make demo   train a small model with the monitor, print what happened"
+	@echo "make test   run the tests"
+	@echo "make lint   check style and types"
+	@echo "make bench  measure the costs, in gradients"
+	@echo "make wheel  build the wheel, try it in a fresh environment"
+
+# An environment that is there already is kept and installed into.
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint,plot,examples]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+# The other packages that are measured are large, so they come with this target alone.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[benchmark]'
+	$(BIN)/python benchmarks/run.py
+
+# setuptools would put files left in build/lib from an earlier build into the wheel. The
+# README's example, which the check runs, reads its data from scikit-learn.
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(ls dist/*.whl)[examples]"
+	$(WHEEL_VENV)/bin/python .ci/check_wheel.py

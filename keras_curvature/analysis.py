@@ -1,0 +1,449 @@
+"""The functions that users call: each picks an operator and an estimator.
+
+All take a model and a batch of data (or a `HessianOperator`) and return an `Estimate`:
+a value, its standard error, and the number of matrix-vector products. Further keyword
+arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
+`variables`, `training`, `batch_size`, `hvp`, `jit_compile`.
+"""
+
+import dataclasses
+import warnings
+
+from keras import ops
+
+from keras_curvature import estimators
+from keras_curvature.estimators import Estimate
+from keras_curvature.operators import (
+    ExactDiagonal,
+    GaussNewtonDiagonal,
+    GroupedDiagonal,
+    HessianOperator,
+)
+from keras_curvature.probe import Probe
+from keras_curvature.progress import Progress
+
+#: `method="auto"` computes a figure exactly if that takes at most this many products.
+AFFORDABLE_MATVECS = 64
+
+#: Exact figures that take more products than this must be asked for explicitly.
+MAX_MATVECS = 10_000
+
+#: Samples of the diagonal when neither a budget nor a tolerance is given.
+LAYERWISE_SAMPLES = 8
+
+
+def hessian_diagonal(
+    model,
+    x=None,
+    y=None,
+    *,
+    method: str = "auto",
+    num_matvecs: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    max_matvecs: int = MAX_MATVECS,
+    groups="joint",
+    verbose: bool | str = "auto",
+    **options,
+) -> Estimate:
+    """The diagonal of the Hessian of the training loss.
+
+    ```python
+    estimate = kc.hessian_diagonal(model, x, y)
+    for v, h in zip(model.trainable_variables, estimate.value):
+        print(v.path, h.mean())
+    ```
+
+    | `method` | what it gives | price in products |
+    |---|---|---|
+    | `"exact"` | the diagonal; per layer the cheapest way | one per unit, or less |
+    | `"layerwise"` | samples from signs at the layers' outputs | `num_matvecs` |
+    | `"hutchinson"` | samples from signs on the parameters | `num_matvecs` |
+    | `"gauss_newton"` | the Gauss–Newton diagonal, exact or sampled | one per output |
+
+    `"layerwise"` is Curvature Propagation (Martens, Sutskever, Swersky 2012) as one
+    Hessian-vector product per sample; a single one is often better than a hundred of
+    Hutchinson's (Bekas, Kokiopoulou, Saad 2007), which are the fallback for models
+    whose samples interact. The Gauss–Newton diagonal leaves the model's own curvature
+    out; it is not negative if the loss is convex in the outputs.
+
+    Args:
+        model: a compiled Keras model, or a `HessianOperator`.
+        x: inputs, or a data set; see `HessianOperator`.
+        y: targets.
+        method: see the table. `"auto"` is exact where that takes no more products
+            than `num_matvecs` allows, or 64 without it; else layerwise.
+        num_matvecs: number of samples of the random methods. Defaults to 8 for
+            `"layerwise"`, 32 for `"hutchinson"`, and an exact result for
+            `"gauss_newton"`.
+        tolerance: relative standard error `‖errors‖ / ‖diagonal‖` at which to stop.
+        seed: seed of the random signs.
+        max_matvecs: an exact diagonal that takes more products is refused.
+        groups: which layers of a layerwise sample share a product: `"joint"` for all,
+            `"layer"` for a product per layer (less noise, most in transformers and
+            residual networks, at a price that grows with depth), or a list of lists
+            of layers or their names.
+        verbose: whether to show progress; `"auto"` does if it takes long.
+        **options: further arguments of `HessianOperator`.
+
+    Returns:
+        An `Estimate` whose value and standard error are lists of NumPy arrays, one
+        for each variable, in units of loss per squared unit of the variable.
+
+    Raises:
+        ValueError: for an unknown method, inconsistent data, or an exact diagonal
+            beyond `max_matvecs`.
+    """
+    operator = operator_for(model, x, y, options)
+    with Progress(operator, verbose) as progress:
+        estimate = diagonal_moments(
+            operator,
+            method,
+            num_matvecs,
+            tolerance,
+            seed,
+            max_matvecs,
+            progress,
+            groups=groups,
+        ).diagonal
+    return dataclasses.replace(
+        estimate,
+        value=_as_arrays(operator, estimate.value),
+        standard_error=_as_arrays(operator, estimate.standard_error),
+    )
+
+
+def diagonal_moments(
+    operator,
+    method="auto",
+    num_matvecs=None,
+    tolerance=None,
+    seed=0,
+    max_matvecs=MAX_MATVECS,
+    progress=None,
+    samples=LAYERWISE_SAMPLES,
+    groups="joint",
+):
+    """`hessian_diagonal` and the trace that comes with it, for an operator.
+
+    Args:
+        operator: a `HessianOperator`.
+        method: as for `hessian_diagonal`, like all that follow.
+        num_matvecs: the budget.
+        tolerance: relative standard error to reach.
+        seed: seed of the random signs.
+        max_matvecs: limit of the exact method.
+        progress: called as `progress(done, total)`.
+        samples: samples of `"layerwise"` when there is no budget.
+        groups: which layers share a product.
+
+    Returns:
+        `Moments` whose tensors are flat and stay on the device, without a norm.
+    """
+    _check_choice(method, ("auto", "exact", "layerwise", "hutchinson", "gauss_newton"))
+    by_layers = _has_layers(operator)
+    if method == "layerwise" and not by_layers:
+        warnings.warn(
+            "Curvature at the layers' outputs does not give the diagonal here: the "
+            "samples of a batch interact (BatchNormalization in training mode, or a "
+            "layer that mixes the batch), or there is no Keras model to open. Using "
+            "random signs on the parameters (Hutchinson) instead.",
+            stacklevel=3,
+        )
+    plan = None
+    if by_layers and method in ("auto", "exact"):
+        plan = _from_layers(ExactDiagonal, operator).plan(seed)
+    if method == "auto":
+        cost = operator.shape[0] if plan is None else plan.num_matvecs
+        budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+        method = "exact" if cost <= budget else "layerwise"
+    if method == "layerwise" and not by_layers:
+        method = "hutchinson"
+    if method == "layerwise":
+        if num_matvecs is None and tolerance is None:
+            num_matvecs = samples
+        sampler = operator.layer_outputs
+        if groups != "joint":
+            sampler = GroupedDiagonal(sampler, groups)
+        return estimators.sampled_moments(
+            sampler,
+            num_matvecs,
+            tolerance,
+            seed,
+            operator.sizes,
+            progress,
+        )
+    if method == "hutchinson":
+        return estimators.hutchinson_moments(
+            operator, num_matvecs, tolerance, seed, operator.sizes, True, progress
+        )
+    if method == "gauss_newton":
+        return _gauss_newton(operator, num_matvecs, tolerance, seed, progress)
+    return _exact_diagonal(operator, plan, max_matvecs, progress)
+
+
+def hessian_trace(
+    model,
+    x=None,
+    y=None,
+    *,
+    method: str = "auto",
+    num_matvecs: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    max_matvecs: int = MAX_MATVECS,
+    verbose: bool | str = "auto",
+    **options,
+) -> Estimate:
+    """The trace of the Hessian of the training loss: the sum of its eigenvalues.
+
+    | `method` | what it does |
+    |---|---|
+    | `"exact"` | the sum of the exact diagonal |
+    | `"layerwise"` | the sum of the diagonal from signs at the layers' outputs |
+    | `"deflated"` | the dominant subspace exactly, the rest from random signs |
+    | `"hutchinson"` | random signs alone (Hutchinson 1990) |
+
+    `"layerwise"` has the least noise for most networks. `"deflated"` is Hutch++
+    (Meyer, Musco, Musco, Woodruff 2021) for a symmetric operator; it pays because a
+    few large eigenvalues make most of the noise.
+
+    Args:
+        model: a compiled Keras model, or a `HessianOperator`.
+        x: inputs, or a data set; see `HessianOperator`.
+        y: targets.
+        method: see the table. `"auto"` is exact where that takes no more products
+            than `num_matvecs` allows, or 64 without it; else layerwise, or deflated
+            where samples interact.
+        num_matvecs: budget of products. Defaults to 8 for `"layerwise"` and 32 for
+            the other random methods, or to 1024 with a tolerance.
+        tolerance: relative standard error at which to stop.
+        seed: seed of the random signs.
+        max_matvecs: an exact trace that takes more products is refused.
+        verbose: whether to show progress; `"auto"` does if it takes long.
+        **options: further arguments of `HessianOperator`.
+
+    Returns:
+        An `Estimate` of a float, in the units of the Hessian. Its `blocks` are the
+        traces of the variables' diagonal blocks, which add up to it.
+
+    Raises:
+        ValueError: for an unknown method, inconsistent data, or an exact trace
+            beyond `max_matvecs`.
+    """
+    _check_choice(method, ("auto", "exact", "layerwise", "deflated", "hutchinson"))
+    operator = operator_for(model, x, y, options)
+    if method == "auto" and not _has_layers(operator):
+        method = "deflated"
+    with Progress(operator, verbose) as progress:
+        if method == "deflated":
+            return _deflated(operator, "trace", num_matvecs, tolerance, seed, progress)
+        return diagonal_moments(
+            operator, method, num_matvecs, tolerance, seed, max_matvecs, progress
+        ).trace
+
+
+def hessian_frobenius_norm(
+    model,
+    x=None,
+    y=None,
+    *,
+    method: str = "auto",
+    num_matvecs: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    max_matvecs: int = MAX_MATVECS,
+    verbose: bool | str = "auto",
+    **options,
+) -> Estimate:
+    """The Frobenius norm of the Hessian of the training loss, `sqrt(Σ H_ij²)`.
+
+    | `method` | what it does |
+    |---|---|
+    | `"exact"` | P products with the basis vectors |
+    | `"deflated"` | the dominant subspace exactly, the rest from random signs |
+    | `"hutchinson"` | random signs alone |
+
+    The standard error follows from that of the squared norm, which is what can be
+    estimated without bias, by the delta method. `"deflated"` is described in
+    `keras_curvature.estimators.DominantSubspace`.
+
+    Args:
+        model: a compiled Keras model, or a `HessianOperator`.
+        x: inputs, or a data set; see `HessianOperator`.
+        y: targets.
+        method: see the table. `"auto"` is exact for no more parameters than
+            `num_matvecs`, or 64 without it; else deflated.
+        num_matvecs: budget of products. Defaults to 32, or to 1024 with a tolerance.
+        tolerance: relative standard error at which to stop.
+        seed: seed of the random signs.
+        max_matvecs: an exact norm that takes more products is refused.
+        verbose: whether to show progress; `"auto"` does if it takes long.
+        **options: further arguments of `HessianOperator`.
+
+    Returns:
+        An `Estimate` of a float, in the units of the Hessian. Its `blocks` are the
+        norms of the variables' rows, whose squares add up to its square.
+
+    Raises:
+        ValueError: for an unknown method, inconsistent data, or an exact norm beyond
+            `max_matvecs`.
+    """
+    _check_choice(method, ("auto", "exact", "deflated", "hutchinson"))
+    operator = operator_for(model, x, y, options)
+    if method == "auto":
+        budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+        method = "exact" if operator.shape[0] <= budget else "deflated"
+    name, blocks = "frobenius_norm", operator.sizes
+    with Progress(operator, verbose) as progress:
+        if method == "exact":
+            _check_affordable(operator.shape[0], max_matvecs, 'method="deflated"')
+            return estimators.exact_moments(operator, blocks, progress).frobenius_norm
+        if method == "deflated":
+            return _deflated(operator, name, num_matvecs, tolerance, seed, progress)
+        squared = estimators.hutchinson_squared_frobenius_norm(
+            operator, num_matvecs, tolerance, seed, blocks, progress
+        )
+        return estimators.frobenius_norm_of_squared(squared)
+
+
+def hessian_matrix(model, x=None, y=None, *, max_parameters: int = 10_000, **options):
+    """The Hessian of the training loss as a dense matrix, for small models.
+
+    Args:
+        model: a compiled Keras model, or a `HessianOperator`.
+        x: inputs, or a data set; see `HessianOperator`.
+        y: targets.
+        max_parameters: refuses larger models; P parameters take P products and
+            hold P² numbers.
+        **options: further arguments of `HessianOperator`.
+
+    Returns:
+        NumPy array of shape (P, P), rows and columns in the order of
+        `model.trainable_variables`, each flattened.
+
+    Raises:
+        ValueError: for a model with more than `max_parameters` parameters.
+    """
+    operator = operator_for(model, x, y, options)
+    size = operator.shape[0]
+    if size > max_parameters:
+        gigabytes = size**2 * operator.dtype.itemsize / 2**30
+        raise ValueError(
+            f"The dense Hessian of {size:,} parameters takes {size:,} products and "
+            f"{gigabytes:.1f} GiB, more than max_parameters={max_parameters:,} "
+            "allows. Use products with `HessianOperator`, or raise `max_parameters`."
+        )
+    return operator.to_dense()
+
+
+def _has_layers(operator):
+    """Whether the diagonal can be had from the layers' outputs."""
+    return (
+        isinstance(operator.probe, Probe)
+        and operator.hvp == "tape"
+        and not operator.layer_outputs.samples_interact
+    )
+
+
+def _from_layers(kind, operator):
+    """The `kind` of diagonal of an operator, one for all calls.
+
+    What it learns about the model while tracing it keeps, and the operator traces
+    only once.
+    """
+    made = vars(operator.layer_outputs).setdefault("_diagonals", {})
+    if kind not in made:
+        made[kind] = kind(operator.layer_outputs)
+    return made[kind]
+
+
+def _exact_diagonal(operator, plan, max_matvecs, progress):
+    """From the layers' outputs if there is a plan, else by the parameter basis."""
+    _check_affordable(
+        operator.shape[0] if plan is None else plan.num_matvecs,
+        max_matvecs,
+        'method="hutchinson"' if plan is None else 'method="layerwise"',
+    )
+    if plan is None:
+        return estimators.exact_moments(operator, operator.sizes, progress)
+    if progress is not None:
+        progress.announce(plan.num_matvecs)
+    return estimators.moments_of_diagonal(
+        _from_layers(ExactDiagonal, operator).compute(plan),
+        plan.num_matvecs,
+        operator.sizes,
+    )
+
+
+def _gauss_newton(operator, num_matvecs, tolerance, seed, progress):
+    gauss_newton = _from_layers(GaussNewtonDiagonal, operator)
+    if operator.layer_outputs.samples_interact:
+        raise ValueError(
+            "The Gauss–Newton diagonal is computed sample by sample, and the samples "
+            "of this model interact (BatchNormalization in training mode, or a layer "
+            'that mixes the batch). Use training=False, or method="hutchinson".'
+        )
+    if num_matvecs is None and tolerance is None:
+        value = gauss_newton.compute()
+        return estimators.moments_of_diagonal(
+            value, gauss_newton.num_matvecs, operator.sizes
+        )
+    return estimators.sampled_moments(
+        gauss_newton, num_matvecs, tolerance, seed, operator.sizes, progress
+    )
+
+
+def _deflated(operator, name, num_matvecs, tolerance, seed, progress):
+    """A figure from a dominant subspace, refined until it is precise enough."""
+    budget = estimators.check_budget(num_matvecs, tolerance)
+    subspace = estimators.DominantSubspace()
+    width, spent = budget if tolerance is None else min(24, budget), 0
+    while True:
+        figures = subspace.update(operator, width, seed, operator.sizes)
+        estimate = getattr(figures, name)
+        spent += figures.num_matvecs
+        progress(min(spent, budget), budget)
+        error = estimate.relative_standard_error
+        if tolerance is None or (error is not None and error <= tolerance):
+            break
+        # Each look starts from the subspace that the last one found.
+        width = min(2 * width, budget - spent)
+        if width < 2:
+            break
+    return dataclasses.replace(estimate, num_matvecs=spent)
+
+
+def _check_affordable(cost, max_matvecs, alternative):
+    if cost > max_matvecs:
+        raise ValueError(
+            f"The exact figure takes {cost:,} matrix-vector products, more than "
+            f"max_matvecs={max_matvecs:,}. Use {alternative} for an estimate with an "
+            "error bar, or raise `max_matvecs`."
+        )
+
+
+def _check_choice(method, choices):
+    if method not in choices:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, choices))}. Received: "
+            f"method={method!r}."
+        )
+
+
+def operator_for(model, x, y, options):
+    """The operator to work on: the one given, or a new one."""
+    if isinstance(model, HessianOperator):
+        if x is not None or y is not None or options:
+            raise ValueError(
+                "A HessianOperator brings its data and options along. Received: "
+                f"x and y of types {type(x).__name__} and {type(y).__name__}, "
+                f"options {sorted(options)}. Leave them out, or pass a model."
+            )
+        return model
+    return HessianOperator(model, x, y, **options)
+
+
+def _as_arrays(operator, flat):
+    """A flat tensor as one NumPy array per variable."""
+    return None if flat is None else operator.split(ops.convert_to_numpy(flat))

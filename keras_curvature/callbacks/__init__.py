@@ -1,0 +1,5 @@
+"""Callbacks: when to probe, and what to hand over."""
+
+from keras_curvature.callbacks.curvature_monitor import CurvatureMonitor
+
+__all__ = ["CurvatureMonitor"]

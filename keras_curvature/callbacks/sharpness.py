@@ -1,0 +1,141 @@
+"""Where an optimizer turns unstable, and the curvature that it sees itself.
+
+Gradient descent with step size η is unstable along directions of curvature above
+`2 / η`; networks are trained up to that edge (Cohen et al. 2021, arXiv 2103.00065).
+An optimizer that divides the gradient by a diagonal D sees `D^{-1/2} H D^{-1/2}`
+instead, and its edge depends on its momentum (Cohen et al. 2022, arXiv 2207.14484).
+"""
+
+import keras
+from keras import ops
+
+from keras_curvature.callbacks.hand_over import number
+from keras_curvature.estimators import DominantSubspace
+from keras_curvature.operators import PreconditionedOperator
+
+#: Products per look at the preconditioned Hessian; its subspace is kept.
+MATVECS = 4
+
+_ADAM = (keras.optimizers.Adam, keras.optimizers.AdamW)
+
+
+class Sharpness:
+    """Follows the largest eigenvalue of the Hessian that an optimizer sees.
+
+    Args:
+        seed: seed of the random directions.
+    """
+
+    def __init__(self, seed):
+        self._seed = seed
+        self._subspace = DominantSubspace()
+
+    def look(self, model, operator):
+        """The figures for a record, and the number of products spent on them.
+
+        Args:
+            model: the Keras model that trains.
+            operator: the `HessianOperator` on the probe data.
+        """
+        threshold = stability_threshold(model.optimizer)
+        figures = {} if threshold is None else {"stability_threshold": threshold}
+        diagonal = preconditioner(model.optimizer, operator)
+        if diagonal is None:
+            return figures, 0
+        found = self._subspace.update(
+            PreconditionedOperator(operator, diagonal), MATVECS, (self._seed, 3)
+        )
+        if len(found.eigenvalues):
+            top = found.eigenvalues.argmax()
+            figures["hessian_preconditioned_max_eigenvalue"] = float(
+                found.eigenvalues[top]
+            )
+            figures["hessian_preconditioned_max_eigenvalue_error"] = float(
+                found.residual_norms[top]
+            )
+        return figures, found.num_matvecs
+
+
+def stability_threshold(optimizer):
+    """The curvature above which an optimizer is unstable on a quadratic.
+
+    | optimizer | threshold |
+    |---|---|
+    | SGD with momentum β | `(2 + 2β) / η` |
+    | Adam, AdamW, DiagonalNewton (momentum as an average, β₁) | `(2 + 2β₁) / ((1 − β₁) η)` |
+    | RMSprop without momentum | `2 / η` |
+
+    Args:
+        optimizer: a Keras optimizer.
+
+    Returns:
+        A float, or `None` for an optimizer whose threshold is not known.
+    """  # noqa: E501
+    optimizer = _single(optimizer)
+    rate = getattr(optimizer, "learning_rate", None)
+    rate = None if rate is None else float(number(rate))
+    if rate is None or not rate > 0:
+        return None
+    if type(optimizer) is keras.optimizers.SGD and not optimizer.nesterov:
+        return (2 + 2 * optimizer.momentum) / rate
+    if type(optimizer) is keras.optimizers.RMSprop and not optimizer.momentum:
+        return 2 / rate
+    if type(optimizer) in _ADAM or hasattr(optimizer, "preconditioner"):
+        beta = optimizer.beta_1
+        return (2 + 2 * beta) / ((1 - beta) * rate)
+    return None
+
+
+def preconditioner(optimizer, operator):
+    """The diagonal D that an optimizer divides by, over the operator's variables.
+
+    Args:
+        optimizer: a Keras optimizer.
+        operator: a `HessianOperator`.
+
+    Returns:
+        A flat tensor `(P,)` on the device; `None` for an optimizer that has none, or
+        none that is known, and before its first step.
+    """
+    optimizer = _single(optimizer)
+    if optimizer is None or not optimizer.built or not _steps(optimizer):
+        return None
+    if hasattr(optimizer, "preconditioner"):
+        parts = optimizer.preconditioner()
+    else:
+        parts = _of_squares(optimizer)
+    variables = getattr(optimizer, "_trainable_variables", None)
+    if parts is None or variables is None:
+        return None
+    by_variable = dict(zip(map(id, variables), parts, strict=False))
+    if not all(id(v) in by_variable for v in operator.variables):
+        return None
+    flat = operator.flatten([by_variable[id(v)] for v in operator.variables])
+    # Entries that never had a gradient would be infinitely stiff.
+    return ops.maximum(flat, 1e-12)
+
+
+def _of_squares(optimizer):
+    """D of an optimizer that averages squared gradients."""
+    squares = getattr(optimizer, "_velocities", None)
+    if not squares:
+        return None
+    if type(optimizer) in _ADAM and not optimizer.amsgrad:
+        debias = 1 - optimizer.beta_2 ** _steps(optimizer)
+    elif type(optimizer) is keras.optimizers.RMSprop and not optimizer.centered:
+        debias = 1.0
+    else:
+        return None
+    return [ops.sqrt((v + 0) / debias) + optimizer.epsilon for v in squares]
+
+
+def _steps(optimizer):
+    return int(number(optimizer.iterations))
+
+
+def _single(optimizer):
+    """The optimizer inside a LossScaleOptimizer; `None` for several."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return _single(inner)
+    return None if getattr(optimizer, "optimizers", None) else optimizer

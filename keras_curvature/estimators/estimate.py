@@ -1,0 +1,96 @@
+"""`Estimate`: a figure, how far it may be off, and what it cost."""
+
+import dataclasses
+import math
+from typing import Any
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Estimate:
+    """A figure with its standard error and its price.
+
+    Attributes:
+        value: a float, a tensor of shape `(P,)`, or a list of arrays.
+        standard_error: standard deviation of `value` over the random directions,
+            estimated from their spread; in the form of `value`. Zero for an exact
+            figure, `None` when a single sample leaves nothing to compare.
+        num_matvecs: number of products with the operator that were spent.
+        blocks: shares of consecutive groups of coordinates, as `Estimate`s in the
+            order of `block_sizes`; empty when none were asked for.
+    """
+
+    value: Any
+    standard_error: Any
+    num_matvecs: int
+    blocks: tuple = ()
+
+    @property
+    def relative_standard_error(self) -> float | None:
+        """`‖standard_error‖ / ‖value‖` (Euclidean norms), or `None` if unknown.
+
+        Zero for an exact figure, whatever its value; infinite for an uncertain
+        figure of zero.
+        """
+        if self.standard_error is None:
+            return None
+        return ratio(_norm(self.standard_error), _norm(self.value))
+
+    def __repr__(self):
+        plural = "" if self.num_matvecs == 1 else "s"
+        price = f"{self.num_matvecs} matvec{plural}"
+        if isinstance(self.value, (int, float)):
+            return self._scalar(price)
+        parts = _parts(self.value)
+        size = sum(math.prod(p.shape) for p in parts)
+        if not size:
+            return f"no entries ({price})"
+        mean = sum(float(ops.sum(p)) for p in parts) / size
+        parts = [p for p in parts if math.prod(p.shape)]
+        low = min(float(ops.min(p)) for p in parts)
+        high = max(float(ops.max(p)) for p in parts)
+        error = self.relative_standard_error
+        if error is None:
+            quality = "no standard error from one sample"
+        elif error == 0:
+            quality = "exact"
+        else:
+            quality = f"relative standard error {error:.2g}"
+        return (
+            f"{size} entries in [{low:.4g}, {high:.4g}], mean {mean:.4g} "
+            f"({quality}, {price})"
+        )
+
+    def _scalar(self, price):
+        if self.standard_error is None:
+            return f"{self.value:.6g} (no standard error from one sample, {price})"
+        if self.standard_error == 0:
+            return f"{self.value:.6g} (exact, {price})"
+        error = self.standard_error
+        if not (math.isfinite(error) and math.isfinite(self.value)):
+            return f"{self.value:.4g} ± {error:.2g} ({price})"
+        # As many digits of the value as two digits of its error allow.
+        exponent = math.floor(math.log10(error))
+        if self.value and not -5 < math.log10(abs(self.value)) < 7:
+            digits = math.floor(math.log10(abs(self.value))) - exponent + 1
+            return f"{self.value:.{max(digits, 0)}e} ± {error:.1e} ({price})"
+        decimals = min(max(1 - exponent, 0), 9)
+        return f"{self.value:.{decimals}f} ± {error:.{decimals}f} ({price})"
+
+
+def ratio(error, value):
+    """`error / value` of two norms, where no error at all is zero of anything."""
+    if error == 0:
+        return 0.0
+    return error / value if value else math.inf
+
+
+def _parts(value):
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _norm(value):
+    if isinstance(value, (int, float)):
+        return abs(float(value))
+    return math.hypot(*[float(ops.norm(ops.reshape(p, (-1,)))) for p in _parts(value)])

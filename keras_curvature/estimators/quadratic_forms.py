@@ -1,0 +1,88 @@
+"""How far the mean of a few quadratic forms `vᵢᵀMvᵢ` may be off.
+
+The forms alone, s of them, say little about their variance when s is 4. The mixed
+forms `vᵢᵀMvⱼ` say more and cost nothing. For random signs
+
+    Var vᵀMv = 2 (‖M‖_F² − Σ_a M_aa²),
+    E (vᵢᵀMvⱼ)² = ‖M‖_F²,   E Σ_a (v_a(Mv)_a)ᵢ (v_a(Mv)_a)ⱼ = Σ_a M_aa²   for i ≠ j
+
+so that s(s − 1)/2 pairs join s − 1 degrees of freedom: 9 in all instead of 3 when s
+is 4. (For Gaussian v, and without the diagonal term, this is the sample variance
+averaged over all rotations of the directions among each other.)
+"""
+
+import numpy as np
+from scipy.special import chdtri, stdtrit
+
+
+def mean_of(forms):
+    """The mean of the forms, `(…, s, s)` to `(…)`; zero when there are none."""
+    return np.trace(forms, axis1=-2, axis2=-1) / max(forms.shape[-1], 1)
+
+
+def error_of_mean(forms, diagonal=0.0, squared_norms=None, skewed=False):
+    """Standard error of the mean of the forms, such that two cover 95 %.
+
+    Widened twice: by Student's t for the few degrees of freedom; and where the forms
+    are `skewed`, sums of few squares, for the fact that a mean which is too small
+    comes with a spread which is too small. There the mean behaves like a scaled
+    χ² with as many degrees of freedom as its relative spread implies (Satterthwaite
+    1946), and its distance from the truth is at most twice the result in 95 % of
+    all cases.
+
+    Args:
+        forms: array `(…, s, s)` of `vᵢᵀMvⱼ`.
+        diagonal: array `(…, s, s)` of the mixed diagonal terms above; left out, the
+            error is on the safe side for matrices with a heavy diagonal.
+        squared_norms: array `(…, s, s)` of `(Mvᵢ)ᵀMvⱼ`, where known: its diagonal
+            estimates `‖M‖_F²` as well, better than the mixed forms.
+        skewed: whether the forms are squared norms.
+
+    Returns:
+        An array `(…)`; zeros when there are no forms because nothing is random,
+        `None` from a single form.
+    """
+    count = forms.shape[-1]
+    if count == 0:
+        return np.zeros(forms.shape[:-2])
+    if count == 1:
+        return None
+    # What is not finite gives errors that are not finite, without further noise.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return _error_of_mean(forms, diagonal, squared_norms, skewed)
+
+
+def _error_of_mean(forms, diagonal, squared_norms, skewed):
+    count = forms.shape[-1]
+    values = np.diagonal(forms, axis1=-2, axis2=-1)
+    mean = values.mean(-1)
+    within = ((values - mean[..., None]) ** 2).sum(-1)
+    # An estimate of a positive sum: without the bound an unlucky one would make the
+    # whole variance vanish.
+    pairs = np.maximum(_mixed(forms**2) - _mixed(diagonal * np.ones_like(forms)), 0)
+    degrees = (count - 1) * (1 + count / 2)
+    variance = (within + pairs) / degrees
+    if squared_norms is not None:
+        norms = np.diagonal(squared_norms, axis1=-2, axis2=-1).mean(-1)
+        mixed = _mixed(diagonal * np.ones_like(forms)) / (count * (count - 1))
+        variance = np.maximum(variance, 2 * (norms - mixed))
+    error = np.sqrt(np.maximum(variance, 0) / count)
+    widened = error * students_factor(degrees)
+    if skewed:
+        # The square of the mean is too large by its variance. For a single
+        # eigenvalue this makes the degrees of freedom the number of forms.
+        freedom = 2 * (mean / error) ** 2 - 2
+        skew = mean * (freedom / chdtri(freedom, 0.95) - 1) / 2
+        usable = (mean > 0) & (error > 0) & np.isfinite(skew)
+        widened = np.where(usable, np.maximum(widened, skew), widened)
+    return widened
+
+
+def students_factor(degrees):
+    """Width of Student's 95 % interval against that of the normal distribution."""
+    return float(stdtrit(degrees, 0.975) / 1.959964) if degrees > 0 else 1.0
+
+
+def _mixed(matrices):
+    """Sum over the pairs i ≠ j."""
+    return matrices.sum((-2, -1)) - np.trace(matrices, axis1=-2, axis2=-1)

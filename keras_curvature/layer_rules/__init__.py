@@ -1,0 +1,37 @@
+"""How one kind of layer carries output directions back to its variables."""
+
+from keras_curvature.layer_rules import (
+    convolution,
+    dense,
+    einsum_dense,
+    embedding,
+    normalization,
+)
+from keras_curvature.layer_rules.paths import (
+    Elementwise,
+    Lookup,
+    OuterProduct,
+    stacked_products,
+)
+from keras_curvature.layer_rules.rule import (
+    LayerRule,
+    register_layer_rule,
+    replaced,
+    rule_for,
+)
+
+__all__ = [
+    "Elementwise",
+    "LayerRule",
+    "Lookup",
+    "OuterProduct",
+    "register_layer_rule",
+    "replaced",
+    "rule_for",
+    "stacked_products",
+    "convolution",
+    "dense",
+    "einsum_dense",
+    "embedding",
+    "normalization",
+]

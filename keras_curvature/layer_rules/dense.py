@@ -1,0 +1,37 @@
+"""Dense: `z = a W + b`, on flat inputs and on sequences."""
+
+import keras
+from keras import ops
+
+from keras_curvature.layer_rules.paths import OuterProduct
+from keras_curvature.layer_rules.rule import (
+    LayerRule,
+    bias_path,
+    has_adapters,
+    register_layer_rule,
+)
+
+
+def as_positions(x):
+    """`(N, ..., F)` as `(N, T, 1, F)`: one group, all middle axes positions."""
+    n, features = ops.shape(x)[0], x.shape[-1]
+    positions = 1
+    for size in x.shape[1:-1]:
+        positions = -1 if size is None or positions == -1 else positions * size
+    return ops.reshape(x, (n, positions, 1, features))
+
+
+@register_layer_rule(keras.layers.Dense)
+class DenseRule(LayerRule):
+    """The kernel is used once for each position of a sample."""
+
+    def supports(self, layer):
+        """Whether the kernel is one plain variable."""
+        return not has_adapters(layer)
+
+    def paths(self, layer, inputs, z):
+        """Kernel and bias."""
+        kernel = OuterProduct(
+            layer.kernel, inputs, as_positions, as_positions, lambda w: w[..., 0, :, :]
+        )
+        return [kernel, *bias_path(layer)]

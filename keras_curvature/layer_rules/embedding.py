@@ -1,0 +1,23 @@
+"""Embedding: rows of a table, looked up by index."""
+
+import keras
+
+from keras_curvature.layer_rules.paths import Lookup
+from keras_curvature.layer_rules.rule import (
+    LayerRule,
+    has_adapters,
+    register_layer_rule,
+)
+
+
+@register_layer_rule(keras.layers.Embedding)
+class EmbeddingRule(LayerRule):
+    """The table of the embedding; masked entries are what the loss makes of them."""
+
+    def supports(self, layer):
+        """Whether the table is one plain variable."""
+        return not has_adapters(layer)
+
+    def paths(self, layer, inputs, z):
+        """The table."""
+        return [Lookup(layer.embeddings, keras.ops.cast(inputs, "int32"))]

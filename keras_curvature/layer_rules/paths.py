@@ -1,0 +1,236 @@
+"""How directions at a layer's output reach one of its variables, sample by sample.
+
+A layer that is linear in a variable W has `z_n = J_n W + const` for sample n. A *path*
+is one use of W in the model and knows `J_nᵀ`. Three things are asked of it:
+
+    per_sample(inputs, v)   J_nᵀ v_n for every sample, shape (N, *W.shape)
+    products(v, u)          Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n), shape W.shape
+    basis_product(e, u)     the same for v = e, a unit vector in every sample
+
+The second is what curvature is made of, and never builds the first for more samples
+than fit into `CHUNK_ELEMENTS`; the third serves exact diagonals, and is cheaper. A path
+is *pointwise* if products depend on `v ⊙ u` alone: then a sum over basis vectors takes
+a single call. `inputs` is the path's attribute of that name (what the
+layer received, or `None`), or its rows for some of the samples.
+"""
+
+import math
+
+from keras import ops
+
+from keras_curvature import backend
+
+#: Upper bound for the elements of a per-sample intermediate (64 MiB in float32).
+CHUNK_ELEMENTS = 2**24
+
+
+class OuterProduct:
+    """A variable that meets its inputs in a product: `z_t = a_t W`, positions t.
+
+    `J_nᵀ v_n = Σ_t a_nt ⊗ v_nt`: the sum runs over the positions (time steps,
+    pixels) at which the sample uses the variable.
+
+    Args:
+        variable: the Keras variable.
+        inputs: tensor that `rows` makes the input factors from; samples first.
+        rows: function from (a chunk of) `inputs` to factors `(N, T, G, I)`, with G
+            groups that do not mix.
+        columns: function from (a chunk of) output directions to factors
+            `(N, T, G, O)`.
+        arrange: function from `(..., G, I, O)` to `(..., *variable.shape)`.
+        copies: whether `columns` repeats or drops entries (a transposed
+            convolution) instead of rearranging them.
+    """
+
+    def __init__(self, variable, inputs, rows, columns, arrange, copies=False):
+        self.variable = variable
+        self.inputs = inputs
+        self.copies = copies
+        self._rows = rows
+        self._columns = columns
+        self._arrange = arrange
+
+    def _outer(self, rows, columns):
+        """`Σ_t a_t ⊗ v_t`, shape (N, G, I, O)."""
+        if 1 in (rows.shape[-1], columns.shape[-1]):
+            # Depthwise: a batched product of thin matrices would crawl.
+            return ops.sum(rows[..., :, None] * columns[..., None, :], axis=1)
+        rows = ops.transpose(rows, (0, 2, 3, 1))
+        columns = ops.transpose(columns, (0, 2, 1, 3))
+        return ops.matmul(rows, columns)
+
+    def per_sample(self, inputs, v):
+        """`J_nᵀ v_n` for every sample."""
+        return self._arrange(self._outer(self._rows(inputs), self._columns(v)))
+
+    def products(self, v, u):
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
+
+        def of_chunk(inputs, v, u):
+            rows, v, u = self._rows(inputs), self._columns(v), self._columns(u)
+            if rows.shape[1] == 1:
+                # One position: (a ⊗ v) ⊙ (a ⊗ u) = a² ⊗ (v ⊙ u), one matmul.
+                squares = ops.transpose(ops.square(rows[:, 0]), (1, 2, 0))
+                return ops.matmul(squares, ops.transpose((v * u)[:, 0], (1, 0, 2)))
+            return ops.sum(self._outer(rows, v) * self._outer(rows, u), axis=0)
+
+        total = backend.sum_over_chunks(
+            of_chunk, [self.inputs, v, u], self._chunk_size(v)
+        )
+        return self._arrange(total)
+
+    def pointwise(self, shape):
+        """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
+        del shape
+        return self._rows(self.inputs[:1]).shape[1] == 1
+
+    def basis_product(self, e, u):
+        """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
+        if self.copies:
+            return self.products(ops.broadcast_to(e, ops.shape(u)), u)
+        rows, columns, u = self._rows(self.inputs), self._columns(e), self._columns(u)
+        # e picks one position t, group g and unit o. Only column o of W is touched,
+        # and only what M gives out at the same unit counts.
+        position = ops.sum(columns[0], axis=-1)  # (T, G)
+        unit = ops.sum(columns[0], axis=0)  # (G, O)
+        at_unit = ops.sum(u * unit, axis=-1)  # (N, T, G)
+        left = ops.einsum("ntgi,tg->ngi", rows, position)
+        right = ops.einsum("ntgi,ntg->ngi", rows, at_unit)
+        product = ops.sum(left * right, axis=0)  # (G, I)
+        return self._arrange(product[:, :, None] * unit[:, None, :])
+
+    def _chunk_size(self, v):
+        rows = self._rows(self.inputs[:1]).shape
+        columns = self._columns(v[:1]).shape
+        if rows[1] == 1:
+            return v.shape[0] or CHUNK_ELEMENTS
+        if None in rows[1:] or None in columns[1:]:
+            return 1
+        positions, groups, i = rows[1:]
+        o = columns[-1]
+        return max(1, CHUNK_ELEMENTS // (groups * (i * o + positions * (i + o))))
+
+
+class Elementwise:
+    """A variable that multiplies or is added to elements: `z = a ⊙ W`, or `z = W`.
+
+    Args:
+        variable: the Keras variable.
+        factor: tensor shaped like the output, or `None` for an added variable.
+        reduce: function that sums an output-shaped tensor over the positions at
+            which a sample uses the same entry: to `(N, *variable.shape)`.
+    """
+
+    def __init__(self, variable, factor, reduce):
+        self.variable = variable
+        self.inputs = factor
+        self._reduce = reduce
+
+    def per_sample(self, inputs, v):
+        """`J_nᵀ v_n` for every sample."""
+        return self._reduce(v if inputs is None else inputs * v)
+
+    def products(self, v, u):
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
+        factor = self.inputs
+        return ops.sum(self.per_sample(factor, v) * self.per_sample(factor, u), axis=0)
+
+    def pointwise(self, shape):
+        """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
+        return math.prod(shape[1:]) == math.prod(self.variable.shape)
+
+    def basis_product(self, e, u):
+        """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
+        return self.products(e, u)
+
+
+class Lookup:
+    """A table whose rows are looked up: `z_t = W[id_t]`.
+
+    No tensor of the size of the table is built for a sample: entries of the same
+    row meet through a mask of equal indices.
+
+    Args:
+        variable: the Keras variable, shape `(vocabulary, features)`.
+        indices: integer tensor, samples first, any shape.
+    """
+
+    def __init__(self, variable, indices):
+        self.variable = variable
+        self.inputs = _positions(indices, 0)
+
+    def per_sample(self, inputs, v):
+        """`J_nᵀ v_n` for every sample; as large as the table for each of them."""
+        one_hot = ops.one_hot(inputs, self.variable.shape[0], dtype=v.dtype.name)
+        return ops.matmul(ops.transpose(one_hot, (0, 2, 1)), _positions(v, 1))
+
+    def products(self, v, u):
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
+
+        def of_chunk(indices, v, u):
+            same = ops.equal(indices[:, :, None], indices[:, None, :])
+            gathered = ops.matmul(ops.cast(same, u.dtype.name), u)
+            features = v.shape[-1]
+            return ops.segment_sum(
+                ops.reshape(v * gathered, (-1, features)),
+                ops.reshape(indices, (-1,)),
+                num_segments=self.variable.shape[0],
+            )
+
+        positions = self.inputs.shape[1]
+        chunk = CHUNK_ELEMENTS // positions**2 if positions else 1
+        return backend.sum_over_chunks(
+            of_chunk,
+            [self.inputs, _positions(v, 1), _positions(u, 1)],
+            max(1, chunk),
+        )
+
+    def pointwise(self, shape):
+        """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
+        del shape
+        return self.inputs.shape[1] == 1
+
+    def basis_product(self, e, u):
+        """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
+        return self.products(ops.broadcast_to(e, ops.shape(u)), u)
+
+
+def _positions(x, trailing):
+    """All axes but the first and the last `trailing` ones flattened into one."""
+    shape = ops.shape(x)
+    kept = tuple(shape[len(shape) - trailing :])
+    middle = x.shape[1 : len(shape) - trailing]
+    size = -1
+    if None not in middle:
+        size = 1
+        for n in middle:
+            size *= n
+    return ops.reshape(x, (shape[0], size, *kept))
+
+
+def stacked_products(paths, vs, us):
+    """`Σ_n (Σ_uses J_nᵀ v_n) ⊙ (Σ_uses J_nᵀ u_n)`: a variable with several uses.
+
+    Cross terms between the uses are included.
+
+    Args:
+        paths: the paths of one variable, one for each use.
+        vs: their output directions; `None` for a zero one.
+        us: their products.
+    """
+    if len(paths) == 1:
+        return paths[0].products(vs[0], us[0])
+    given = [(path.inputs, v, u) for path, v, u in zip(paths, vs, us, strict=True)]
+
+    def of_chunk(*rows):
+        rows, v_sum, u_sum = iter(rows), 0, 0
+        for path, use in zip(paths, given, strict=True):
+            inputs, v, u = (None if a is None else next(rows) for a in use)
+            if v is not None:
+                v_sum = v_sum + path.per_sample(inputs, v)
+            u_sum = u_sum + path.per_sample(inputs, u)
+        return ops.sum(v_sum * u_sum, axis=0)
+
+    arrays = [a for use in given for a in use if a is not None]
+    size = max(1, math.prod(paths[0].variable.shape))
+    return backend.sum_over_chunks(of_chunk, arrays, max(1, CHUNK_ELEMENTS // size))

@@ -1,0 +1,153 @@
+"""What the package asks of a kind of layer, and the register of the kinds."""
+
+import contextlib
+
+from keras import ops
+
+from keras_curvature.layer_rules.paths import Elementwise
+
+_RULES: dict = {}
+
+
+class LayerRule:
+    """How one kind of layer, linear in its variables, is opened to curvature.
+
+    Subclass it for a layer of your own and register the subclass with
+    `register_layer_rule`. The rule runs the layer so that a zero *shift* is added to
+    every output that is linear in the layer's variables, and says on which *paths*
+    (see `keras_curvature.layer_rules.paths`) directions at that output go back to the
+    variables.
+
+    ```python
+    @kc.register_layer_rule(MyScale)           # z = inputs * self.scale
+    class MyScaleRule(kc.LayerRule):
+        def paths(self, layer, inputs, z):
+            return [Elementwise(layer.scale, inputs, lambda v: ops.sum(v, axis=1))]
+    ```
+
+    Nothing is assumed that is not checked: if a variable also acts on the loss in
+    another way, or samples mix, the package notices and takes another method.
+    """
+
+    def supports(self, layer):
+        """Whether this layer, as configured, is linear in its variables."""
+        return True
+
+    def variables(self, layer):
+        """The variables that `paths` covers: by default the layer's own."""
+        inner = {
+            id(v)
+            for sublayer in layer._flatten_layers(include_self=False)
+            for v in sublayer.variables
+        }
+        return [v for v in layer.trainable_variables if id(v) not in inner]
+
+    def call(self, layer, call, shift, inputs, *args, **kwargs):
+        """Runs the layer with its shift. While tracing only.
+
+        Args:
+            layer: the layer.
+            call: its original `call`.
+            shift: function `shift(z, inputs)` that returns `z` plus a zero shift, and
+                remembers `inputs` for `paths`. To be called once per linear output.
+            inputs: the first argument of the layer.
+            *args: further positional arguments.
+            **kwargs: further keyword arguments.
+
+        Returns:
+            The layer's output. Defaults to a shift of the output, in front of the
+            activation of layers that have one.
+        """
+        if getattr(layer, "activation", None) is None:
+            return shift(call(inputs, *args, **kwargs), inputs)
+        activation = layer.activation
+        with replaced(layer, "activation", lambda z: activation(shift(z, inputs))):
+            return call(inputs, *args, **kwargs)
+
+    def paths(self, layer, inputs, z):
+        """The paths from one shifted output to the layer's variables.
+
+        Args:
+            layer: the layer.
+            inputs: what `call` handed to `shift`.
+            z: the linear output, shape `(N, ...)`.
+
+        Returns:
+            A list with one path for each variable that `z` is linear in.
+        """
+        raise NotImplementedError
+
+
+def register_layer_rule(layer_class):
+    """Class decorator: makes a `LayerRule` responsible for a layer class.
+
+    It also serves subclasses that inherit the `call` of `layer_class`.
+
+    Args:
+        layer_class: subclass of `keras.layers.Layer`.
+
+    Returns:
+        The decorator.
+    """
+
+    def register(rule_class):
+        _RULES[layer_class] = rule_class()
+        return rule_class
+
+    return register
+
+
+def rule_for(layer):
+    """The rule for a layer, or `None` where no rule applies."""
+    for cls in type(layer).__mro__:
+        rule = _RULES.get(cls)
+        if rule is not None:
+            inherits = type(layer).call is cls.call
+            return rule if inherits and rule.supports(layer) else None
+    return None
+
+
+@contextlib.contextmanager
+def replaced(layer, name, value):
+    """A context in which the layer's attribute `name` is `value`.
+
+    Writes to the instance's dictionary, past Keras' tracking of attributes, so that
+    the layer is the same object with the same contents afterwards.
+    """
+    missing = object()
+    original = layer.__dict__.get(name, missing)
+    layer.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if original is missing:
+            del layer.__dict__[name]
+        else:
+            layer.__dict__[name] = original
+
+
+def has_adapters(layer):
+    """Whether a layer multiplies its kernel up from parts, or holds it quantized."""
+    return bool(
+        getattr(layer, "lora_enabled", False)
+        or getattr(layer, "quantization_mode", None)
+    )
+
+
+def bias_path(layer, channel_axis=-1):
+    """The path to a bias along one axis of the output (as a list)."""
+    if getattr(layer, "bias", None) is None:
+        return []
+    return [Elementwise(layer.bias, None, sum_to_axes([channel_axis]))]
+
+
+def sum_to_axes(axes):
+    """A function that sums `(N, ...)` over all axes but the first and `axes`."""
+
+    def reduce(v):
+        rank = len(v.shape)
+        kept = {axis % rank for axis in axes}
+        rest = tuple(i for i in range(1, rank) if i not in kept)
+        return ops.sum(v, axis=rest) if rest else v
+
+    return reduce

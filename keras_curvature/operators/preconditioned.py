@@ -1,0 +1,25 @@
+"""An operator seen through a diagonal preconditioner."""
+
+
+class PreconditionedOperator:
+    """`D^{-1/2} H D^{-1/2}` for a symmetric operator H and a positive diagonal D.
+
+    An optimizer that steps with `−η D⁻¹ g` sees the curvature of this operator: it is
+    stable where the largest eigenvalue is below `2 / η` (Cohen et al. 2022, "Adaptive
+    gradient methods at the edge of stability", arXiv 2207.14484).
+
+    Args:
+        operator: symmetric, with products `A @ V` for tensors.
+        diagonal: tensor `(P,)`, positive.
+    """
+
+    def __init__(self, operator, diagonal):
+        self._operator = operator
+        self._scale = diagonal**-0.5
+        self.shape = operator.shape
+        self.dtype = operator.dtype
+        self.device = getattr(operator, "device", "")
+
+    def __matmul__(self, v):
+        scale = self._scale if len(v.shape) == 1 else self._scale[:, None]
+        return scale * (self._operator @ (scale * v))

@@ -1,0 +1,220 @@
+"""What one look at the curvature found, as plain numbers.
+
+A *record* is a dictionary that pandas, a CSV file and the event files can be made
+from. It is put together here, for the monitor and for the report alike.
+"""
+
+import functools
+import math
+
+from keras import ops
+
+from keras_curvature import backend
+
+#: Figures of the diagonal, in the order in which they are computed.
+_STATISTICS = (
+    "diagonal_mean",
+    "diagonal_mean_abs",
+    "diagonal_max",
+    "diagonal_min",
+    "negative_share",
+)
+
+
+def scalar_figures(diagonal=None, subspace=None):
+    """Trace, Frobenius norm and largest eigenvalue with their errors.
+
+    Args:
+        diagonal: `Moments` with diagonal and trace.
+        subspace: `DeflatedMoments`.
+
+    Returns:
+        Dictionary from the names of figures to floats, `None` where there is no
+        standard error.
+    """
+    figures = {}
+    # The diagonal's own trace has far less noise than one from parameter directions.
+    if diagonal is not None or subspace is not None:
+        trace = (diagonal or subspace).trace
+        figures["hessian_trace"] = trace.value
+        figures["hessian_trace_standard_error"] = trace.standard_error
+    if subspace is not None:
+        norm = subspace.frobenius_norm
+        figures["hessian_frobenius_norm"] = norm.value
+        figures["hessian_frobenius_norm_standard_error"] = norm.standard_error
+        figures["hessian_max_eigenvalue"] = None
+        figures["hessian_max_eigenvalue_error"] = None
+        if len(subspace.eigenvalues):  # None at a first look with very few products.
+            largest = subspace.eigenvalues.argmax()
+            figures["hessian_max_eigenvalue"] = float(subspace.eigenvalues[largest])
+            figures["hessian_max_eigenvalue_error"] = float(
+                subspace.residual_norms[largest]
+            )
+    return figures
+
+
+def variable_figures(operator, diagonal=None, subspace=None, edges=None):
+    """One dictionary per variable.
+
+    Args:
+        operator: the `HessianOperator` that was looked at.
+        diagonal: `Moments` with a flat diagonal, its blocks the variables.
+        subspace: `DeflatedMoments` whose blocks are the variables.
+        edges: increasing edges of a histogram; entries beyond them count in the
+            outermost bins.
+
+    Returns:
+        A list of dictionaries with `"path"`, `"layer"`, `"size"` and the figures
+        that are known.
+    """
+    records = []
+    for variable, size in zip(operator.variables, operator.sizes, strict=True):
+        path = _without_model(variable.path, operator)
+        layer = path.rpartition("/")[0] or path
+        records.append({"path": path, "layer": layer, "size": size})
+    if diagonal is not None:
+        _add_diagonal(records, operator, diagonal.diagonal, edges)
+    if diagonal is not None or subspace is not None:
+        for record, trace in zip(
+            records, (diagonal or subspace).trace.blocks, strict=True
+        ):
+            record["trace"] = trace.value
+            record["trace_standard_error"] = trace.standard_error
+            if diagonal is not None:
+                error, size = trace.standard_error, record["size"]
+                record["diagonal_mean_standard_error"] = (
+                    None if error is None else error / size
+                )
+    if subspace is not None:
+        squared = subspace.squared_frobenius_norm
+        for record, part in zip(records, squared.blocks, strict=True):
+            record["frobenius_share"] = (
+                part.value / squared.value if squared.value else 0.0
+            )
+    return records
+
+
+def _without_model(path, operator):
+    """A variable's path without the name of the model in front of all of them."""
+    model = getattr(operator.probe, "model", None)
+    return path.removeprefix(f"{model.name}/") if model is not None else path
+
+
+def layer_figures(variables):
+    """The figures of the variables, put together by layer.
+
+    Standard errors of sums are at most the sums of the standard errors; that is what
+    is given.
+
+    Args:
+        variables: list from `variable_figures`.
+
+    Returns:
+        A list of dictionaries with `"name"` in place of path and layer.
+    """
+    layers = {}
+    for record in variables:
+        layers.setdefault(record["layer"], []).append(record)
+    return [_one_layer(name, records) for name, records in layers.items()]
+
+
+def _one_layer(name, records):
+    size = sum(r["size"] for r in records)
+    layer = {"name": name, "size": size}
+    for key in ("diagonal_mean", "diagonal_mean_abs", "negative_share"):
+        if key in records[0]:
+            layer[key] = sum(r[key] * r["size"] for r in records) / size
+    for key, choose in (("diagonal_max", max), ("diagonal_min", min)):
+        if key in records[0]:
+            layer[key] = choose(r[key] for r in records)
+    for key in ("trace", "trace_standard_error", "frobenius_share"):
+        if key in records[0]:
+            values = [r[key] for r in records]
+            layer[key] = None if None in values else sum(values)
+    if "diagonal_mean_standard_error" in records[0]:
+        error = layer["trace_standard_error"]
+        layer["diagonal_mean_standard_error"] = None if error is None else error / size
+    if records[0].get("histogram") is not None:
+        counts = [r["histogram"]["counts"] for r in records]
+        layer["histogram"] = {
+            "edges": records[0]["histogram"]["edges"],
+            "counts": [sum(column) for column in zip(*counts, strict=True)],
+        }
+    return layer
+
+
+def _add_diagonal(records, operator, diagonal, edges):
+    # One list for all records: histories get long.
+    edges = None if edges is None else _as_list(tuple(edges))
+    inner = () if edges is None else tuple(edges[1:-1])
+    statistics, counts = _summarize(tuple(operator.sizes), inner)(diagonal.value)
+    statistics = ops.convert_to_numpy(statistics)
+    counts = ops.convert_to_numpy(counts)
+    for i, record in enumerate(records):
+        record.update(zip(_STATISTICS, map(float, statistics[i]), strict=True))
+        if edges is not None:
+            record["histogram"] = {
+                "edges": edges,
+                "counts": counts[i].tolist(),
+            }
+
+
+@functools.lru_cache(maxsize=64)
+def _as_list(edges):
+    return [float(edge) for edge in edges]
+
+
+@functools.lru_cache(maxsize=64)
+def _summarize(sizes, inner_edges):
+    """Compiled: statistics and counts of each block of a flat diagonal.
+
+    Only these leave the device.
+    """
+
+    def summarize(flat):
+        statistics, counts, start = [], [], 0
+        edges = ops.convert_to_tensor(inner_edges, flat.dtype)
+        for size in sizes:
+            h = flat[start : start + size]
+            start += size
+            statistics.append(
+                ops.stack(
+                    [
+                        ops.mean(h),
+                        ops.mean(ops.abs(h)),
+                        ops.max(h),
+                        ops.min(h),
+                        ops.mean(ops.cast(h < 0, h.dtype)),
+                    ]
+                )
+            )
+            bins = ops.searchsorted(edges, h, side="right")
+            counts.append(ops.bincount(bins, minlength=len(inner_edges) + 1))
+        return ops.stack(statistics), ops.stack(counts)
+
+    return backend.compiled(summarize)
+
+
+def is_finite(record):
+    """Whether the scalar figures of a record are finite."""
+    values = [v for k, v in record.items() if k.startswith("hessian_")]
+    return all(v is None or math.isfinite(v) for v in values)
+
+
+def one_line(record):
+    """A record in one line of text."""
+
+    def figure(name, label):
+        value = record.get(f"hessian_{name}")
+        if value is None:
+            return ""
+        error = record.get(f"hessian_{name}_standard_error")
+        return f" - {label} {value:.4g}" + (f" ± {error:.2g}" if error else "")
+
+    return (
+        f"curvature at step {record['step']}"
+        + figure("trace", "trace")
+        + figure("frobenius_norm", "norm")
+        + figure("max_eigenvalue", "max eigenvalue")
+        + f" - {record['seconds']:.2f}s"
+    )

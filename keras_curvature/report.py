@@ -1,0 +1,150 @@
+"""`curvature_summary`: a table in the manner of `model.summary()`."""
+
+import rich.box
+import rich.console
+import rich.table
+
+from keras_curvature import record as records
+from keras_curvature.analysis import diagonal_moments, operator_for
+from keras_curvature.estimators import DominantSubspace
+from keras_curvature.progress import Progress
+
+
+def curvature_summary(
+    model,
+    x=None,
+    y=None,
+    *,
+    method: str = "auto",
+    num_matvecs: int = 32,
+    seed: int = 0,
+    print_fn=None,
+    verbose: bool | str = "auto",
+    **options,
+) -> list:
+    """Prints where the loss of a model is curved, layer by layer; returns the figures.
+
+    ```python
+    layers = kc.curvature_summary(model, x, y)
+    pandas.DataFrame(layers)
+    ```
+
+    A layer with a large mean diagonal is stiff: its weights tolerate little rounding
+    or pruning. The shares say how much of the trace and of the squared Frobenius norm
+    lies in a layer's rows.
+
+    Args:
+        model: a compiled Keras model, or a `HessianOperator`.
+        x: inputs, or a data set; see `HessianOperator`.
+        y: targets.
+        method: of the diagonal, as for `hessian_diagonal`.
+        num_matvecs: products for norm, eigenvalue and shares; when the diagonal is
+            sampled, a quarter of the number as samples besides.
+        seed: seed of the random directions.
+        print_fn: takes the table as text, line by line. Defaults to printing it to
+            the console; `False` prints nothing.
+        verbose: whether to show progress; `"auto"` does if it takes long.
+        **options: further arguments of `HessianOperator`.
+
+    Returns:
+        A list of dictionaries, one for each layer, and a last one with the name
+        `"total"` that also holds `hessian_trace`, `hessian_frobenius_norm`,
+        `hessian_max_eigenvalue` and their errors.
+
+    Raises:
+        ValueError: for an unknown method or inconsistent data.
+    """
+    operator = operator_for(model, x, y, options)
+    with Progress(operator, verbose) as progress:
+        diagonal = diagonal_moments(
+            operator,
+            method,
+            seed=seed,
+            progress=progress,
+            samples=max(2, num_matvecs // 4),
+        )
+        subspace = DominantSubspace()
+        # The first look finds the subspace, the second one uses it.
+        for share in (num_matvecs // 2, num_matvecs - num_matvecs // 2):
+            figures = subspace.update(operator, max(2, share), seed, operator.sizes)
+    variables = records.variable_figures(operator, diagonal, figures)
+    layers = records.layer_figures(variables)
+    names: dict = {}
+    for variable in variables:
+        last = variable["path"].rpartition("/")[2]
+        names.setdefault(variable["layer"], []).append(last)
+    for layer in layers:
+        layer["variables"] = ", ".join(names[layer["name"]])
+    total = {"name": "total", "size": operator.shape[0]}
+    total.update(records.scalar_figures(diagonal, figures))
+    total["num_matvecs"] = diagonal.num_matvecs + num_matvecs
+    if print_fn is not False:
+        _print(layers, total, print_fn)
+    return [*layers, total]
+
+
+def _print(layers, total, print_fn):
+    table = rich.table.Table(
+        title="Curvature of the training loss",
+        box=rich.box.SQUARE,
+        title_style="bold",
+        header_style="bold",
+    )
+    for column in ("Layer", "Variables"):
+        table.add_column(column, overflow="fold")
+    for column in (
+        "Parameters",
+        "Mean diagonal",
+        "Max diagonal",
+        "Negative",
+        "Trace",
+        "of trace",
+        "of ‖H‖²",
+    ):
+        table.add_column(column, justify="right")
+    whole = total["hessian_trace"]
+    for layer in layers:
+        table.add_row(
+            layer["name"],
+            layer["variables"],
+            f"{layer['size']:,}",
+            _with_error(layer["diagonal_mean"], layer["diagonal_mean_standard_error"]),
+            f"{layer['diagonal_max']:.3g}",
+            f"{layer['negative_share']:.0%}",
+            _with_error(layer["trace"], layer["trace_standard_error"]),
+            f"{layer['trace'] / whole:.0%}" if whole else "-",
+            f"{layer['frobenius_share']:.0%}",
+        )
+    lines = [
+        ("trace", "hessian_trace", "hessian_trace_standard_error"),
+        (
+            "Frobenius norm",
+            "hessian_frobenius_norm",
+            "hessian_frobenius_norm_standard_error",
+        ),
+        (
+            "largest eigenvalue",
+            "hessian_max_eigenvalue",
+            "hessian_max_eigenvalue_error",
+        ),
+    ]
+    summary = [f"Parameters: {total['size']:,}"] + [
+        f"{label[0].upper()}{label[1:]}: {_with_error(total[value], total[error])}"
+        for label, value, error in lines
+    ]
+    console = rich.console.Console(highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+        for line in summary:
+            console.print(f" {line}")
+    text = capture.get().rstrip("\n")
+    if print_fn is None:
+        print(text)
+    else:
+        for line in text.split("\n"):
+            print_fn(line)
+
+
+def _with_error(value, error):
+    """`1.23 ± 0.05`, with an error of two digits and the value as precise."""
+    return f"{value:.3g}" + (f" ± {error:.1g}" if error else "")

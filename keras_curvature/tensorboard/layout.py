@@ -1,0 +1,60 @@
+"""The charts of TensorBoard's Custom Scalars tab."""
+
+import re
+
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from keras_curvature.tensorboard import tags
+
+_BAND_TITLES = {
+    "hessian_trace": "Trace, ± 2 standard errors",
+    "hessian_frobenius_norm": "Frobenius norm, ± 2 standard errors",
+    "hessian_max_eigenvalue": "Largest eigenvalue, ± bound",
+}
+_LAYER_TITLES = {
+    "frobenius_share": "Share of the squared Frobenius norm, by layer",
+    "diagonal_mean_abs": "Mean absolute diagonal, by layer",
+    "diagonal_max": "Largest diagonal entry, by layer",
+    "negative_share": "Share of negative diagonal entries, by layer",
+}
+
+
+def layout() -> layout_pb2.Layout:
+    """Global figures with their error bands, stability, and the layers' shares."""
+    stability = _lines(
+        "Largest eigenvalue against 2 / learning rate",
+        re.escape(tags.MAX_EIGENVALUE.tag) + "$",
+        re.escape(tags.TWO_OVER_LEARNING_RATE) + "$",
+    )
+    by_key = {figure.key: figure for figure in tags.LAYER_FIGURES}
+    return layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(
+                title="Curvature",
+                chart=[*(_margin(band) for band in tags.BANDS), stability],
+            ),
+            layout_pb2.Category(
+                title="Curvature by layer",
+                chart=[
+                    _lines(title, re.escape(by_key[key].tag) + "/.*")
+                    for key, title in _LAYER_TITLES.items()
+                ],
+            ),
+        ]
+    )
+
+
+def _margin(band: tags.Band) -> layout_pb2.Chart:
+    series = layout_pb2.MarginChartContent.Series(
+        value=band.value, lower=band.lower, upper=band.upper
+    )
+    return layout_pb2.Chart(
+        title=_BAND_TITLES[band.key],
+        margin=layout_pb2.MarginChartContent(series=[series]),
+    )
+
+
+def _lines(title: str, *patterns: str) -> layout_pb2.Chart:
+    return layout_pb2.Chart(
+        title=title, multiline=layout_pb2.MultilineChartContent(tag=list(patterns))
+    )

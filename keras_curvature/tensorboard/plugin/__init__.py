@@ -1,0 +1,1 @@
+"""The page "Curvature" in TensorBoard. Loaded by the server, without TensorFlow."""

@@ -1,0 +1,182 @@
+"""From one record of the monitor to TensorBoard's messages, without any file.
+
+All values of a step go into one `Summary` message, so that a probe costs one write
+however many layers there are.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_TENSOR,
+    Summary,
+    SummaryMetadata,
+)
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
+from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.util import tensor_util
+
+from keras_curvature.tensorboard import signed_log, tags
+from keras_curvature.tensorboard.layout import layout
+
+Value: TypeAlias = Summary.Value
+
+
+def scalar(tag: str, value: float, description: str | None = None) -> Value:
+    """One number."""
+    return _value(
+        tag,
+        np.asarray(value, "float32"),
+        scalar_metadata.create_summary_metadata(None, description),
+    )
+
+
+def histogram(
+    tag: str, edges: np.ndarray, counts: np.ndarray, description: str | None = None
+) -> Value:
+    """Counts between edges of curvature, drawn on the signed logarithmic axis.
+
+    Args:
+        tag: The tag.
+        edges: Curvature at the bins' edges, increasing, shape `(bins + 1,)`.
+        counts: Entries in each bin, shape `(bins,)`.
+        description: What the chart's information mark shows.
+
+    Raises:
+        ValueError: If the shapes don't fit, or the edges don't increase.
+    """
+    edges, counts = np.asarray(edges, "float64"), np.asarray(counts, "float64")
+    if edges.ndim != 1 or counts.shape != (edges.size - 1,) or counts.size == 0:
+        raise ValueError(
+            "A histogram needs one more edge than counts, both as flat arrays. "
+            f"Received: edges of shape {edges.shape}, counts of shape {counts.shape}"
+        )
+    if not np.all(np.diff(edges) > 0):
+        raise ValueError(
+            f"The edges of a histogram must increase. Received: edges={edges}"
+        )
+    # The axis in TensorBoard ends where the data does: empty bins outside are left out.
+    filled = np.flatnonzero(counts)
+    if filled.size:
+        first, last = filled[0], filled[-1] + 1
+        edges, counts = edges[first : last + 1], counts[first:last]
+    place = signed_log.to_axis(edges)
+    return _value(
+        tag,
+        np.stack([place[:-1], place[1:], counts], axis=1),
+        histogram_metadata.create_summary_metadata(None, description),
+    )
+
+
+def image(
+    tag: str, png: bytes, width: int, height: int, description: str | None = None
+) -> Value:
+    """One image, encoded as PNG."""
+    return _value(
+        tag,
+        np.array([str(width).encode(), str(height).encode(), png], dtype=object),
+        image_metadata.create_summary_metadata(None, description),
+    )
+
+
+def layer_table(layers: tuple[tuple[str, int], ...]) -> Value:
+    """Names and sizes of the layers, for TensorBoard forgets the order of the tags.
+
+    The value belongs to our own page, which finds its runs by it.
+    """
+    table = np.empty((len(layers), 2), dtype=object)
+    for i, (name, size) in enumerate(layers):
+        table[i] = name.encode(), str(size).encode()
+    return _value(
+        tags.LAYER_TABLE,
+        table,
+        SummaryMetadata(
+            plugin_data=SummaryMetadata.PluginData(plugin_name=tags.PLUGIN_NAME),
+            data_class=DATA_CLASS_TENSOR,
+        ),
+    )
+
+
+def layout_values() -> Iterator[Value]:
+    """The arrangement of TensorBoard's Custom Scalars tab."""
+    yield _value(
+        layout_metadata.CONFIG_SUMMARY_TAG,
+        np.array(layout().SerializeToString(), dtype=object),
+        layout_metadata.create_summary_metadata(),
+    )
+
+
+def record_values(
+    record: Mapping[str, Any], per_variable: bool = False
+) -> Iterator[Value]:
+    """Everything one record says, except for the heat map, which needs all of them.
+
+    Args:
+        record: One probe of the monitor. Figures that are missing or None are left out.
+        per_variable: Whether each variable gets its tags too, besides its layer.
+    """
+    yield from _scalars(record, tags.GLOBAL_FIGURES)
+    rate = record.get(tags.LEARNING_RATE.key)
+    if rate is not None and rate > 0:
+        yield scalar(
+            tags.TWO_OVER_LEARNING_RATE,
+            2.0 / float(rate),
+            tags.TWO_OVER_LEARNING_RATE_DESCRIPTION,
+        )
+    for band in tags.BANDS:
+        value, error = record.get(band.key), record.get(band.error_key)
+        if value is not None and error is not None:
+            yield scalar(band.lower, float(value) - band.factor * float(error))
+            yield scalar(band.upper, float(value) + band.factor * float(error))
+    for key, figure in (record.get("optimizer") or {}).items():
+        if figure is not None:
+            yield scalar(f"{tags.OPTIMIZER}/{key}", figure)
+
+    yield from _parts(record, "layers", "name", tags.LAYER_FIGURES)
+    yield from _histograms(record, "layers", "name", tags.LAYER_HISTOGRAM)
+    if per_variable:
+        yield from _parts(record, "variables", "path", tags.VARIABLE_FIGURES)
+        yield from _histograms(record, "variables", "path", tags.VARIABLE_HISTOGRAM)
+
+
+def _value(tag: str, tensor: np.ndarray, metadata: SummaryMetadata) -> Value:
+    return Value(
+        tag=tag, metadata=metadata, tensor=tensor_util.make_tensor_proto(tensor)
+    )
+
+
+def _scalars(
+    figures: Mapping[str, Any], wanted: tuple[tags.Figure, ...], name: str | None = None
+) -> Iterator[Value]:
+    for figure in wanted:
+        value = figures.get(figure.key)
+        if value is not None:
+            tag = figure.tag if name is None else figure.of(name)
+            yield scalar(tag, value, figure.description)
+
+
+def _parts(
+    record: Mapping[str, Any],
+    parts: str,
+    name: str,
+    wanted: tuple[tags.Figure, ...],
+) -> Iterator[Value]:
+    for part in record.get(parts) or ():
+        yield from _scalars(part, wanted, part[name])
+
+
+def _histograms(
+    record: Mapping[str, Any], parts: str, name: str, group: str
+) -> Iterator[Value]:
+    for part in record.get(parts) or ():
+        counted = part.get("histogram")
+        if counted is not None:
+            yield histogram(
+                f"{group}/{part[name]}",
+                counted["edges"],
+                counted["counts"],
+                signed_log.DESCRIPTION,
+            )

@@ -1,0 +1,309 @@
+"""The monitor during `fit`: it disturbs nothing, probes when it should, and tells."""
+
+import csv
+import gc
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from tensorflow.python.eager.polymorphic_function import concrete_function
+from training import BATCHES, assert_same, data, fit, monitor, network, state, steps
+
+import keras_curvature as kc
+
+# Without a trace
+
+
+def noisy_network(built):
+    """Everything that draws random numbers or keeps statistics."""
+    keras.utils.set_random_seed(0)
+    return network(
+        layers.Dense(8, "gelu"),
+        layers.BatchNormalization(),
+        layers.Dropout(0.3),
+        layers.GaussianNoise(0.1),
+        layers.Dense(3),
+        built=built,
+        optimizer="adam",
+        metrics=["accuracy"],
+    )
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+def test_training_is_bit_for_bit_the_same(built, tmp_path):
+    """Dropout, noise, moving statistics, shuffling, validation, and a second `fit`."""
+    x, y = data()
+    results = []
+    for watched in (False, True):
+        model = noisy_network(built)
+        callbacks = []
+        if watched:
+            callbacks = [kc.CurvatureMonitor((x[:20], y[:20]), 3, tmp_path)]
+        history = []
+        keras.utils.set_random_seed(1)
+        for epochs in (2, 1):
+            history.append(
+                fit(
+                    model,
+                    *callbacks,
+                    epochs=epochs,
+                    shuffle=True,
+                    validation_data=(x, y),
+                )
+            )
+        draws = [np.random.random(), float(keras.random.uniform(()))]
+        results.append((history, [*state(model), *draws]))
+    assert len(steps(callbacks[0])) == 12
+    assert_same(*[numbers for _, numbers in results])
+    plain, probed = [history for history, _ in results]
+    for before, after in zip(plain, probed, strict=True):
+        assert before == {k: v for k, v in after.items() if "hessian" not in k}
+
+
+# When
+
+
+@pytest.mark.parametrize(
+    "update_freq, per_execution, expected",
+    [
+        (4, 1, [0, 4, 8, 12, 16, 20]),
+        # Executions end at 4, 8, 10 and 14, 18, 20: when a multiple was passed.
+        (4, 4, [0, 4, 8, 14, 18, 20]),
+        (7, 1, [0, 7, 14]),
+        (1000, 1, [0]),
+        ("epoch", 1, [0, 10, 20]),
+        ("epoch", 4, [0, 10, 20]),
+    ],
+)
+def test_steps_of_probes(update_freq, per_execution, expected):
+    watch = monitor(update_freq=update_freq)
+    model = network(steps_per_execution=per_execution)
+    fit(model, watch, epochs=2)
+    assert steps(watch) == expected
+
+
+def test_several_fits_count_on():
+    """A probe at the start of a `fit`, unless the last one was at the same step."""
+    watch, model = monitor(), network()
+    for _ in range(3):
+        fit(model, watch)
+    assert steps(watch) == [0, 4, 8, 10, 12, 16, 20, 24, 28]
+
+
+def test_epochs_of_probes():
+    watch = monitor()
+    fit(network(), watch, epochs=4, initial_epoch=2)
+    assert [(r["step"], r["epoch"]) for r in watch.history] == [
+        (0, 2),
+        (4, 2),
+        (8, 2),
+        (12, 3),
+        (16, 3),
+        (20, 3),
+    ]
+
+
+def test_probes_at_the_weights_of_its_step():
+    """Before the first step, and after weights that other callbacks bring along."""
+
+    class Bring(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.layers[0].kernel.assign(self.model.layers[0].kernel + 1)
+
+    x, y = data()
+    model, watch = network(), monitor(update_freq="epoch")
+    fit(model, watch, Bring())
+    expected = network()
+    expected.layers[0].kernel.assign(expected.layers[0].kernel + 1)
+    for record, one in zip(watch.history, (expected, model), strict=True):
+        loss = one.evaluate(x[:20], y[:20], verbose=0)
+        np.testing.assert_allclose(record["loss"], loss, rtol=1e-6)
+
+
+# What
+
+
+def test_record():
+    x, y = data()
+    model = network()
+    watch = kc.CurvatureMonitor((x, y), 5, num_matvecs=31, seed=3)
+    fit(model, watch)
+    record, op = watch.history[-1], kc.HessianOperator(model, x, y)
+    h = op.to_dense()
+    assert record.pop("seconds") > 0
+    assert 0 <= record.pop("overhead") < 1
+    # All of P, and one for each logit: both are exact.
+    assert record.pop("num_matvecs") == 31 + 3
+    expected = {
+        "step": 10,
+        "epoch": 0,
+        "learning_rate": 0.01,
+        "loss": float(op.loss()),
+        "hessian_trace": np.trace(h),
+        "hessian_trace_standard_error": 0,
+        "hessian_frobenius_norm": np.linalg.norm(h),
+        "hessian_frobenius_norm_standard_error": 0,
+        "hessian_max_eigenvalue": np.linalg.eigvalsh(h).max(),
+        "hessian_max_eigenvalue_error": 0,
+        # Of plain gradient descent.
+        "stability_threshold": 2 / 0.01,
+    }
+    variables, parts = record.pop("variables"), record.pop("layers")
+    assert record.pop("optimizer") == {}
+    assert record.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(record[key], value, rtol=1e-4, atol=1e-5)
+    paths = [f"{p}/{v}" for p in ("hidden", "dense") for v in ("kernel", "bias")]
+    assert [re.sub(r"_\d+/", "/", v["path"]) for v in variables] == paths
+    for v, part in zip(variables, op.split(np.diag(h)), strict=True):
+        assert v["size"] == part.size
+        np.testing.assert_allclose(v["diagonal_mean"], part.mean(), rtol=1e-4)
+        np.testing.assert_allclose(v["trace"], part.sum(), rtol=1e-4)
+    assert [p["size"] for p in parts] == [16, 15]
+    np.testing.assert_allclose(sum(p["trace"] for p in parts), np.trace(h), rtol=1e-4)
+    np.testing.assert_allclose(sum(p["frobenius_share"] for p in parts), 1, rtol=1e-5)
+
+
+def test_seed_decides_the_figures():
+    def figures(seed):
+        watch = monitor(num_matvecs=4, diagonal="hutchinson", seed=seed)
+        fit(network(), watch)
+        return [
+            (r["hessian_trace"], r["hessian_frobenius_norm"]) for r in watch.history
+        ]
+
+    first = figures(1)
+    assert figures(1) == first
+    assert all(
+        a != b for pair in zip(first, figures(2), strict=True) for a, b in [pair]
+    )
+
+
+def test_probes_draw_fresh_directions():
+    """At the same weights: noise that stayed the same would look like a figure."""
+    watch = monitor(diagonal="hutchinson", diagonal_samples=1)
+    fit(network(optimizer=keras.optimizers.SGD(0.0)), watch)
+    traces = [r["hessian_trace"] for r in watch.history]
+    assert len(set(traces)) == len(traces) == 3
+
+
+# Logs
+
+
+class Logs(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.epochs = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(dict(logs))
+
+
+def test_logs(tmp_path):
+    """The last probe of each epoch, for all who read logs."""
+    watch, logs = monitor(num_matvecs=3), Logs()
+    path = tmp_path / "log.csv"
+    stop = keras.callbacks.EarlyStopping("hessian_trace", 1e9, 2, mode="min")
+    callbacks = [watch, keras.callbacks.CSVLogger(path), stop, logs]
+    history = fit(network(), *callbacks, epochs=9)
+    names = ["hessian_trace", "hessian_frobenius_norm", "hessian_max_eigenvalue"]
+    assert list(history) == ["loss", *names]
+    assert len(history["loss"]) == 3  # `EarlyStopping` found no improvement.
+    rows = list(csv.DictReader(path.open()))
+    for epoch, last in enumerate((8, 20, 28)):
+        (record,) = [r for r in watch.history if r["step"] == last]
+        for name in names:
+            assert history[name][epoch] == record[name] == logs.epochs[epoch][name]
+            assert float(rows[epoch][name]) == record[name]
+
+
+def test_logs_without_some_figures():
+    history = fit(network(), monitor(num_matvecs=0, diagonal="layerwise"))
+    assert list(history) == ["loss", "hessian_trace"]
+
+
+# Over a long time
+
+
+def live_graphs():
+    # Not `isinstance`, which makes lazy modules load.
+    return sum(type(o) is concrete_function.ConcreteFunction for o in gc.get_objects())
+
+
+def test_nothing_grows():
+    """Neither graphs nor objects, from probe to probe and from fit to fit."""
+    x, y = data()
+    watch = kc.CurvatureMonitor((x, y), 1, num_matvecs=6)
+    model = network()
+    for _ in range(2):
+        fit(model, watch, epochs=2)
+
+    def count():
+        watch.history.clear()
+        gc.collect()
+        return len(gc.get_objects())
+
+    operator = watch.operator
+    traces = {k: f.traces() for k, f in operator._compiled.items()}
+    start, graphs = count(), live_graphs()
+    for _ in range(50):
+        watch._probe()
+    probed = count()
+    # Anything kept would be kept 50 times.
+    assert probed - start < 50
+    for _ in range(2):
+        fit(model, watch, epochs=2)
+    # TensorFlow keeps a weak reference here and there; 40 probes were made, and what
+    # one leaves in its record alone is more than ten objects.
+    assert count() - probed < 400
+    assert live_graphs() == graphs
+    assert watch.operator is operator
+    assert {k: f.traces() for k, f in operator._compiled.items()} == traces
+
+
+# The line per probe
+
+
+def screen(output):
+    """What a terminal shows in the end."""
+    lines, place = [""], 0
+    for c in re.sub(r"\x1b\[[\d;]*m", "", output):
+        if c == "\n":
+            lines.append("")
+            place = 0
+        elif c == "\r":
+            place = 0
+        elif c == "\b":
+            place = max(place - 1, 0)
+        else:
+            lines[-1] = lines[-1][:place] + c + lines[-1][place + 1 :]
+            place += 1
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("verbose", [0, 1, 2])
+def test_lines_do_not_fight_the_progress_bar(verbose, capsys):
+    watch = monitor(num_matvecs=3, verbose=1)
+    fit(network(metrics=["accuracy"]), watch, epochs=2, verbose=verbose)
+    output = capsys.readouterr().out
+    lines = screen(output)
+    told = [line for line in lines if line.startswith("curvature at step ")]
+    assert len(told) == len(watch.history) == 6
+    number = r"-?[\d.]+(e[-+]\d+)?"
+    for line, step in zip(told, steps(watch), strict=True):
+        assert re.fullmatch(
+            rf"curvature at step {step} - trace {number}( ± {number})? - norm "
+            rf"{number}( ± {number})?( - max eigenvalue {number})? - [\d.]+s",
+            line,
+        )
+    rest = [line for line in lines if line not in told]
+    assert all(re.match(rf"Epoch \d/2$|{BATCHES}/{BATCHES} ", x) for x in rest), rest
+    assert len(rest) == (4 if verbose else 0)
+    assert ("\r" in output) == (verbose == 1)
+
+
+def test_says_nothing_by_default(capsys):
+    fit(network(), monitor())
+    assert capsys.readouterr().out == ""

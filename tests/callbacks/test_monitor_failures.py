@@ -1,0 +1,209 @@
+"""A failing probe never kills training; it says once what is wrong."""
+
+import errno
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from training import CHEAP, assert_same, data, fit, monitor, network, state, steps
+
+import keras_curvature as kc
+from keras_curvature.callbacks.failures import Failures, about_data, reason
+
+#: TensorFlow has no second derivative of this.
+SOFTSIGN = {"activation": "softsign"}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"update_freq": 0},
+        {"update_freq": 2.5},
+        {"update_freq": "batch"},
+        {"update_freq": True},
+        {"num_matvecs": -1},
+        {"diagonal_samples": 0},
+        {"diagonal": "magic"},
+        {"on_error": "ignore"},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"log_dir": 7},
+        {"batchsize": 7},
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_at_once(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(ValueError, match=f"`{name}` .*Received: {name}={value!r}"):
+        monitor(**argument)
+
+
+def test_unknown_argument_names_the_known():
+    with pytest.raises(ValueError, match="class_weight.*hvp.*belong in `probe_data`"):
+        monitor(sample_weight=np.ones(20))
+
+
+def test_nothing_to_measure():
+    with pytest.raises(ValueError, match="leaves nothing to measure"):
+        monitor(num_matvecs=0, diagonal=None)
+
+
+def test_training_goes_on():
+    expected = network(**SOFTSIGN)
+    fit(expected, epochs=2)
+    watch, model = monitor(), network(**SOFTSIGN)
+    with pytest.warns(UserWarning, match="probe at step 0 failed") as caught:
+        history = fit(model, watch, epochs=2)
+    assert len(caught) == 1  # Of six failures.
+    message = str(caught[0].message)
+    assert "Softsign" in message and 'hvp="finite_difference"' in message
+    assert 'on_error="raise"' in message
+    assert watch.history == []
+    # Columns stay as long as the others.
+    assert np.isnan(history["hessian_trace"]).all()
+    assert len(history["hessian_trace"]) == len(history["loss"]) == 2
+    assert_same(state(model), state(expected))
+
+
+def test_remedy_works():
+    watch = monitor(hvp="finite_difference", num_matvecs=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(**SOFTSIGN), watch)
+    assert steps(watch) == [0, 4, 8]
+
+
+def test_raises_on_request():
+    watch = monitor(on_error="raise")
+    with pytest.raises(NotImplementedError, match="finite_difference"):
+        fit(network(**SOFTSIGN), watch)
+
+
+def test_each_reason_is_told_once(monkeypatch):
+    watch, model = monitor(update_freq=1), network()
+    errors = iter([None, OSError("no 1"), OSError("no 2"), MemoryError("full"), None])
+    look = watch._look
+
+    def failing():
+        error = next(errors, None)
+        if error is not None:
+            raise error
+        return look()
+
+    monkeypatch.setattr(watch, "_look", failing)
+    with pytest.warns(UserWarning) as caught:
+        fit(model, watch)
+    told = [str(w.message) for w in caught]
+    assert len(told) == 2
+    assert "step 1 " in told[0] and "OSError: no 1" in told[0]
+    assert "step 3 " in told[1] and "MemoryError: full" in told[1]
+    assert steps(watch) == [0, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_interrupt_is_no_failure(monkeypatch):
+    watch = monitor()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "_look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), watch)
+
+
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_full_disk(method, tmp_path, monkeypatch):
+    watch = monitor(log_dir=tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(watch._writer, method, fail)
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        history = fit(network(), watch)
+    assert len(caught) == 1
+    assert steps(watch) == [0, 4, 8]  # The figures are there all the same.
+    assert np.isfinite(history["hessian_trace"]).all()
+
+
+def test_diverged_training(tmp_path):
+    """Weights that are not numbers, from the third step or so on."""
+    x, y = data()
+    optimizer = kc.DiagonalNewton(1e20, damping=0, step_clip=None)
+    model = network(optimizer=optimizer)
+    watch = kc.CurvatureMonitor((x, y), 2, tmp_path, num_matvecs=6)
+    with pytest.warns(UserWarning) as caught:
+        history = fit(model, watch, epochs=2)
+    assert steps(watch) == list(range(0, 21, 2))
+    assert not np.isfinite(history["hessian_trace"][-1])
+    assert not np.isfinite(watch.history[-1]["loss"])
+    told = [str(w.message) for w in caught]
+    assert sum("curvature at step" in t and "not finite" in t for t in told) == 1
+    assert all("failed" not in t for t in told)
+    # What the optimizer has of the curvature was measured before.
+    assert all(np.isfinite(v.numpy()).all() for v in optimizer._curvatures)
+    # And the monitor recovers with the weights.
+    model.set_weights(network().get_weights())
+    watch._probe()
+    assert np.isfinite(watch.history[-1]["hessian_frobenius_norm"])
+
+
+def test_variables_without_influence():
+    """A warning of the operator, once, not a failure."""
+    inputs = layers.Input((3,))
+    layers.Dense(2, name="unused")(inputs)
+    model = network(layers.Dense(3))
+    model.spare = layers.Dense(2, name="spare")
+    model.spare.build((None, 3))
+    watch = monitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, watch)
+    assert steps(watch) == [0, 4, 8]
+    assert all("failed" not in str(w.message) for w in caught)
+
+
+def test_large_probe_out_of_memory():
+    """Not about the data's form: training goes on, and the first probe tells."""
+
+    class ResourceExhaustedError(Exception):
+        message = "OOM when allocating tensor with shape[1000,1000]"
+
+    def loss_fn(model, x, y):
+        raise ResourceExhaustedError
+
+    watch = kc.CurvatureMonitor(data(), 4, loss_fn=loss_fn, **CHEAP)
+    with pytest.warns(UserWarning, match="OOM when allocating") as caught:
+        fit(network(), watch)
+    assert len(caught) == 1
+    assert watch.history == []
+
+
+def test_reason_is_one_line():
+    error = ValueError("Exception in Dense.call().\n\n\x1b[1mtoo wide\x1b[0m\n\n • x")
+    assert reason(error) == "Exception in Dense.call(). too wide • x"
+    assert len(reason(ValueError("x" * 10_000))) == 2000
+    assert about_data(error) and not about_data(OSError())
+
+
+def test_failures_differ_by_words_not_by_numbers():
+    failures = Failures("warn")
+    with pytest.warns(UserWarning) as caught:
+        for text in ("at 0x7f3a, 12 rows", "at 0x89bc, 13 rows", "other"):
+            with failures.survived(lambda: "It"):
+                raise OSError(text)
+    assert [str(w.message)[:40] for w in caught] == [
+        "It failed and training goes on without i"
+    ] * 2
+
+
+def test_keras_model_stays_usable():
+    """After a failed probe nothing of a layer is left changed."""
+    model = network(**SOFTSIGN)
+    before = [(layer.dtype_policy.name, layer.built) for layer in model.layers]
+    with pytest.warns(UserWarning):
+        fit(model, monitor())
+    assert [(x.dtype_policy.name, x.built) for x in model.layers] == before
+    assert keras.ops.shape(model(data()[0])) == (40, 3)

@@ -1,0 +1,253 @@
+"""From the monitor to the optimizer that steps with the diagonal."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from training import BATCH, BATCHES, assert_same, data, fit, monitor, network, steps
+
+import keras_curvature as kc
+
+X, Y = data()
+
+
+def watch_exactly(update_freq=1, **arguments):
+    return monitor(
+        probe_data=(X, Y),
+        update_freq=update_freq,
+        **{"diagonal": "exact", "num_matvecs": 0, **arguments},
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_warning():
+    """Such as that the optimizer steps without curvature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def newton(**arguments):
+    """The optimizer that holds the last diagonal as it was delivered."""
+    return kc.DiagonalNewton(0.05, beta_2=0.0, **arguments)
+
+
+def held(optimizer):
+    return [v.numpy() for v in optimizer._curvatures]
+
+
+def exact(model):
+    return kc.hessian_diagonal(model, X, Y, method="exact").value
+
+
+def assert_close(first, second, rtol=1e-4, atol=1e-6):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_diagonal_arrives():
+    optimizer = newton()
+    model, watch = network(optimizer=optimizer), watch_exactly()
+    fit(model, watch)
+    assert optimizer.curvature_updates == len(watch.history) == BATCHES + 1
+    assert_close(held(optimizer), exact(model))
+    figures = watch.history[-1]["optimizer"]
+    assert figures["curvature_age"] == 0 and figures["step_size"] > 0
+    assert all(isinstance(v, float) for v in figures.values())
+
+
+def test_first_step_has_curvature():
+    """Delivered before the first step, at the initial weights."""
+    seen = []
+
+    class See(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if not batch:
+                optimizer = self.model.optimizer
+                seen.append((optimizer.curvature_updates, held(optimizer)))
+
+    model, initial = network(optimizer=newton()), network()
+    fit(model, watch_exactly(1000), See())
+    ((updates, diagonal),) = seen
+    assert updates == 1
+    assert_close(diagonal, exact(initial))
+
+
+@pytest.mark.parametrize("per_execution, update_freq", [(1, 1), (5, 5)])
+def test_curvature_counts_in_the_very_next_step(per_execution, update_freq):
+    """The same as a loop by hand that measures and steps, with no delay."""
+    by_hand = network(optimizer=newton())
+    by_hand.optimizer.build(by_hand.trainable_variables)
+    hessian = kc.HessianOperator(by_hand, X, Y)
+    for i in range(BATCHES):
+        if i % update_freq == 0:
+            diagonal = kc.hessian_diagonal(hessian, method="exact").value
+            by_hand.optimizer.update_hessian_diagonal(diagonal)
+        rows = slice(BATCH * i, BATCH * i + BATCH)
+        by_hand.train_on_batch(X[rows], Y[rows])
+    model = network(optimizer=newton(), steps_per_execution=per_execution)
+    fit(model, watch_exactly(update_freq))
+    # Rounding, over ten steps.
+    assert_close(model.get_weights(), by_hand.get_weights(), rtol=1e-4, atol=1e-5)
+    late = network(optimizer=newton())
+    fit(late, watch_exactly(1000))
+    assert not np.allclose(late.get_weights()[0], model.get_weights()[0], atol=1e-4)
+
+
+def test_inside_a_loss_scale_optimizer():
+    """mixed_float16: compile wraps the optimizer, probes compute in float32."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        optimizer = newton()
+        model = network(optimizer=optimizer)
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        watch = watch_exactly(5)
+        fit(model, watch)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert steps(watch) == [0, 5, 10]
+    assert optimizer.curvature_updates == 3
+    assert_close(held(optimizer), exact(model))
+    assert watch.history[-1]["learning_rate"] == pytest.approx(0.05)
+    full = network()  # The same weights in float32.
+    full.set_weights(model.get_weights())
+    assert_close(held(optimizer), exact(full))
+
+
+def test_inside_a_multi_optimizer():
+    """Only a part of the variables belongs to it."""
+    inner = newton()
+    optimizer = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            keras.optimizers.SGD(), {".*/hidden/.*": inner, "nowhere": newton()}
+        )
+    )
+    model, watch = network(optimizer=optimizer), watch_exactly(5)
+    fit(model, watch)
+    assert steps(watch) == [0, 5, 10]
+    assert watch.history[0]["learning_rate"] is None
+    assert_close(held(inner), exact(model)[:2])
+
+
+def test_part_of_the_variables_was_asked_for():
+    model = network(optimizer=newton())
+    kernels = [layer.kernel for layer in model.layers]
+    fit(model, watch_exactly(5, variables=kernels))
+    expected = exact(model)
+    for i in (1, 3):
+        expected[i] = np.zeros_like(expected[i])
+    assert_close(held(model.optimizer), expected)
+
+
+def test_any_optimizer_that_takes_curvature():
+    class Greedy(keras.optimizers.SGD):
+        taken = 0
+
+        def update_hessian_diagonal(self, diagonals):
+            assert [tuple(d.shape) for d in diagonals] == [(3, 4), (4,), (4, 3), (3,)]
+            assert all(tf.is_tensor(d) for d in diagonals)  # Still on the device.
+            self.taken += 1
+
+    model = network(optimizer=Greedy())
+    watch = watch_exactly(5)
+    fit(model, watch)
+    assert model.optimizer.taken == 3
+    assert watch.history[-1]["optimizer"] == {}
+
+
+def test_gradient_accumulation():
+    """Probes count batches, steps count updates."""
+    optimizer = newton(gradient_accumulation_steps=2)
+    model, watch = network(optimizer=optimizer), watch_exactly(4)
+    fit(model, watch)
+    assert steps(watch) == [0, 2, 4]
+    assert optimizer.curvature_updates == 3
+
+
+def test_no_diagonal_no_delivery():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = network(optimizer=newton())
+        fit(model, monitor(diagonal=None))
+    assert model.optimizer.curvature_updates == 0
+
+
+# Another model, or the same one in another state
+
+
+def test_compiled_anew():
+    """Another loss and another optimizer, at a step that was seen before."""
+    model, watch = network(optimizer=newton()), watch_exactly(5)
+    fit(model, watch)
+    before, first = watch.operator, watch.history[-1]["loss"]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    model.compile(newton(), loss)
+    fit(model, watch, epochs=1)
+    assert watch.operator is not before
+    assert steps(watch) == [0, 5, 10, 0, 5, 10]
+    # The probe is 40 samples, which the new loss adds up.
+    np.testing.assert_allclose(watch.history[3]["loss"], 40 * first, rtol=1e-5)
+    assert model.optimizer.curvature_updates == 3
+
+
+def test_layers_frozen_and_thawed():
+    model, watch = network(optimizer=newton()), watch_exactly(5)
+    hidden = model.layers[0]
+    counts = []
+    for trainable in (True, False, True):
+        hidden.trainable = trainable
+        model.compile(newton(), model.loss)
+        fit(model, watch)
+        counts.append(len(watch.history[-1]["variables"]))
+        assert model.optimizer.curvature_updates == 3
+    assert counts == [4, 2, 4]
+
+
+def test_another_model():
+    watch = watch_exactly(5)
+    first, second = network(optimizer=newton()), network(optimizer=newton())
+    fit(first, watch)
+    fit(second, watch)
+    assert steps(watch) == [0, 5, 10, 0, 5, 10]
+    assert_same(held(first.optimizer), held(second.optimizer))
+
+
+def test_resumed_training_needs_no_new_probe_at_the_same_step():
+    model, watch = network(optimizer=newton()), watch_exactly(5)
+    fit(model, watch)
+    fit(model, watch)
+    assert steps(watch) == [0, 5, 10, 15, 20]
+
+
+# Two devices
+
+
+def test_mirrored_strategy():
+    """Two replicas: the same figures and weights as on one, up to rounding."""
+
+    def train(strategy):
+        with strategy.scope():
+            model = network(optimizer=newton(), activation="tanh")
+        watch = watch_exactly(5, num_matvecs=12)
+        fit(model, watch, epochs=2)
+        return model, watch
+
+    devices = [d.name for d in tf.config.list_logical_devices("CPU")][:2]
+    assert len(devices) == 2
+    alone, one = train(tf.distribute.get_strategy())
+    model, both = train(tf.distribute.MirroredStrategy(devices))
+    assert model.distribute_strategy.num_replicas_in_sync == 2
+    assert steps(both) == steps(one) == [0, 5, 10, 15, 20]
+    for first, second in zip(one.history, both.history, strict=True):
+        for name in ("loss", "hessian_trace", "hessian_frobenius_norm"):
+            np.testing.assert_allclose(first[name], second[name], rtol=2e-2)
+    np.testing.assert_allclose(
+        one.history[0]["hessian_trace"], both.history[0]["hessian_trace"], rtol=1e-5
+    )
+    assert model.optimizer.curvature_updates == 5
+    assert_close(alone.get_weights(), model.get_weights(), rtol=1e-2, atol=1e-3)
+    slots = [np.asarray(v.value.values[1]) for v in model.optimizer._curvatures]
+    assert_close(held(model.optimizer), slots)  # On both replicas.

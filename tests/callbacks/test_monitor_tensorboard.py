@@ -1,0 +1,96 @@
+"""What a run with the monitor leaves for TensorBoard, beside Keras' own callback."""
+
+import keras
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing import event_accumulator, event_multiplexer
+from training import data, fit, network, steps
+
+import keras_curvature as kc
+from keras_curvature.tensorboard import tags
+
+
+def tensors(directory):
+    """Every tag of a run, with its events."""
+    events = event_accumulator.EventAccumulator(
+        str(directory), size_guidance={event_accumulator.TENSORS: 0}
+    ).Reload()
+    return {t: events.Tensors(t) for t in events.Tags()["tensors"]}
+
+
+def values(events):
+    return [(e.step, float(e.tensor_proto.float_val[0])) for e in events]
+
+
+def watch(log_dir, **arguments):
+    x, y = data()
+    return kc.CurvatureMonitor((x, y), 5, log_dir, num_matvecs=6, **arguments)
+
+
+@pytest.mark.parametrize(
+    "order, update_freq", [("monitor first", "epoch"), ("monitor last", 1)]
+)
+def test_beside_the_tensorboard_callback(order, update_freq, tmp_path):
+    """Each writes its own run; Keras' turns recording off between its writes."""
+    monitor = watch(tmp_path)
+    board = keras.callbacks.TensorBoard(
+        tmp_path, update_freq=update_freq, write_graph=False
+    )
+    callbacks = [monitor, board] if order == "monitor first" else [board, monitor]
+    fit(network(), *callbacks, epochs=2, validation_data=data())
+    runs = event_multiplexer.EventMultiplexer()
+    runs.AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert set(runs.Runs()) == {"curvature", "train", "validation"}
+    found = tensors(tmp_path / "curvature")
+    assert [s for s, _ in values(found["hessian/trace"])] == [0, 5, 10, 15, 20]
+    # Listed later, Keras' callback reads the figures from the logs.
+    train = tensors(tmp_path / "train")
+    assert ("epoch_hessian_trace" in train) == (order == "monitor first")
+
+
+def test_the_whole_set_of_tags(tmp_path):
+    monitor = watch(tmp_path)
+    model = network(optimizer=kc.DiagonalNewton())
+    fit(model, monitor)
+    layers = [layer["name"] for layer in monitor.history[0]["layers"]]
+    assert len(layers) == 2
+    expected = {
+        *(figure.tag for figure in tags.GLOBAL_FIGURES),
+        *(end for band in tags.BANDS for end in (band.value, band.lower, band.upper)),
+        *(f"{tags.OPTIMIZER}/{x}" for x in monitor.history[0]["optimizer"]),
+        *(tags.TWO_OVER_LEARNING_RATE, tags.HEAT_MAP, tags.LAYER_TABLE),
+        "custom_scalars__config__",
+    }
+    for layer in layers:
+        expected |= {f.of(layer) for f in tags.LAYER_FIGURES} | {f"diagonal/{layer}"}
+    found = tensors(tmp_path / "curvature")
+    assert set(found) == expected
+    for name in ("trace", "frobenius_norm", "max_eigenvalue"):
+        written = values(found[f"hessian/{name}"])
+        recorded = [(r["step"], r[f"hessian_{name}"]) for r in monitor.history]
+        np.testing.assert_allclose(written, recorded, rtol=1e-6)
+
+
+def test_per_variable_and_without_histograms(tmp_path):
+    fit(network(), watch(tmp_path / "a", per_variable=True))
+    found = set(tensors(tmp_path / "a" / "curvature"))
+    assert sum(t.startswith("variable_trace/") for t in found) == 4
+    assert sum(t.startswith("diagonal_of_variable/") for t in found) == 4
+    fit(network(), watch(tmp_path / "b", histograms=False))
+    found = set(tensors(tmp_path / "b" / "curvature"))
+    assert not any(t.startswith(("diagonal/", "variable_")) for t in found)
+
+
+def test_several_fits_are_one_run(tmp_path):
+    monitor, model = watch(tmp_path), network()
+    for _ in range(2):
+        fit(model, monitor)
+    written = values(tensors(tmp_path / "curvature")["hessian/trace"])
+    assert [step for step, _ in written] == steps(monitor) == [0, 5, 10, 15, 20]
+
+
+def test_no_directory_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = data()
+    fit(network(), kc.CurvatureMonitor((x, y), 5, num_matvecs=1, diagonal=None))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,49 @@
+"""Symmetric matrices with prescribed eigenvalues, and operators that keep records."""
+
+import numpy as np
+
+#: Name → eigenvalues, given their number.
+SPECTRA = {
+    # Few large ones over a power law, as in a trained network's Hessian.
+    "network": lambda p: np.r_[[40.0, 25, 16, 10, -4], 2 / np.arange(1, p - 4)],
+    "clustered": lambda p: np.r_[np.full(p // 2, 1.0), np.full(p - p // 2, 3.0)],
+    "indefinite": lambda p: np.linspace(-5, 4, p),
+    "rank_deficient": lambda p: np.r_[[6.0, -3, 1], np.zeros(p - 3)],
+    "giant": lambda p: np.r_[[1e4], np.linspace(0.1, 1, p - 1)],
+    "zero": np.zeros,
+}
+
+
+def matrix(eigenvalues, seed=0, dtype="float64"):
+    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    size = len(eigenvalues)
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    dense = (vectors * eigenvalues) @ vectors.T
+    return ((dense + dense.T) / 2).astype(dtype)
+
+
+def named(name, size=60, seed=0, dtype="float64"):
+    """The matrix whose spectrum has this name."""
+    return matrix(SPECTRA[name](size), seed, dtype)
+
+
+class Recorded:
+    """A matrix as an operator on tensors that remembers what it was multiplied by."""
+
+    def __init__(self, dense):
+        self.dense = dense
+        self.shape, self.dtype = dense.shape, dense.dtype
+        self.directions = []
+
+    def __matmul__(self, directions):
+        import tensorflow as tf
+
+        assert tf.is_tensor(directions), "An operator on tensors got something else."
+        self.directions.append(directions.numpy())
+        return tf.linalg.matmul(self.dense, directions)
+
+    @property
+    def columns(self):
+        """All directions so far, one in each column."""
+        return np.concatenate([d.reshape(len(d), -1) for d in self.directions], axis=1)

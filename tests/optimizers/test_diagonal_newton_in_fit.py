@@ -1,0 +1,389 @@
+"""DiagonalNewton in `fit`: what Keras does around an optimizer must go on working."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_curvature.optimizers import DiagonalNewton
+
+SAMPLES, WIDTH = 16, 3
+
+
+class Deliver(keras.callbacks.Callback):
+    """Hands over a made-up diagonal before training and after every execution."""
+
+    def __init__(self, diagonal=None):
+        super().__init__()
+        self._diagonal = diagonal or (
+            lambda optimizer, variable, i: np.cos(i + 3.0 * variable.numpy())
+        )
+        self.delivered = []
+
+    def deliver(self):
+        optimizer = self.model.optimizer
+        if not optimizer.built:
+            # Only then: LossScaleOptimizer adds its variables once more each time.
+            optimizer.build(self.model.trainable_variables)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        number = int(optimizer.iterations + 0)
+        self.delivered.append(number)
+        taken = optimizer.update_hessian_diagonal(
+            [
+                self._diagonal(optimizer, variable, number)
+                for variable in self.model.trainable_variables
+            ]
+        )
+        assert taken
+
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not optimizer.curvature_updates:
+            self.deliver()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.deliver()
+
+
+def data(samples=SAMPLES, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((samples, WIDTH))
+    return x, x @ [[1.0], [-2.0], [0.5]] + 0.1 * rng.standard_normal((samples, 1))
+
+
+def mlp(optimizer, **arguments):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            layers.Input((WIDTH,)),
+            layers.Dense(4, activation="tanh"),
+            layers.BatchNormalization(),
+            layers.Dense(1),
+        ]
+    )
+    model.compile(optimizer=optimizer, loss="mse", **arguments)
+    return model
+
+
+def fit(model, epochs=1, callbacks=None, **arguments):
+    x, y = data()
+    arguments = {"batch_size": 4, "shuffle": False, "verbose": 0} | arguments
+    callbacks = [Deliver()] if callbacks is None else callbacks
+    return model.fit(x, y, epochs=epochs, callbacks=callbacks, **arguments)
+
+
+def weights(model):
+    return [v.numpy() for v in model.variables + model.optimizer.variables]
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Against NumPy, through the compiled training step
+
+
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.7)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"jit_compile": True},
+        {"steps_per_execution": 4},
+        {"weight_decay": 0.1},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"gradient_accumulation_steps": 2},
+        {"use_ema": True, "ema_momentum": 0.6},
+        {"loss_scale_factor": 64.0},
+    ],
+    ids=lambda mode: next(iter(mode), "plain"),
+)
+def test_trajectory_in_fit(mode, float64):
+    """A linear model, 12 batches: schedule, deliveries and Keras' own options.
+
+    The learning rate must be the schedule's at each step, and a diagonal delivered
+    after a batch must count in the next.
+    """
+    options = dict(mode)
+    jit_compile = options.pop("jit_compile", False)
+    per_execution = options.pop("steps_per_execution", 1)
+    optimizer = DiagonalNewton(SCHEDULE, beta_2=0.6, **options)
+    model = keras.Sequential([layers.Input((WIDTH,)), layers.Dense(1, use_bias=False)])
+    model.layers[0].kernel.assign([[0.3], [0.2], [-0.4]])
+    model.compile(
+        optimizer=optimizer,
+        loss="mse",
+        steps_per_execution=per_execution,
+        jit_compile=jit_compile,
+    )
+
+    def diagonal(optimizer, variable, i):
+        return np.cos(i + np.arange(3.0))[:, None]
+
+    deliver = Deliver(diagonal)
+    fit(model, epochs=3, callbacks=[deliver])
+
+    x, y = data()
+    w, average, reference = np.array([[0.3], [0.2], [-0.4]]), 0.0, Reference(0.6)
+    every = mode.get("gradient_accumulation_steps", 1)
+    held = np.zeros_like(w)
+    reference.deliver(diagonal(None, None, 0))
+    for batch in range(12):
+        rows = slice(4 * (batch % 4), 4 * (batch % 4) + 4)
+        held += 2 * x[rows].T @ (x[rows] @ w - y[rows]) / 4 / every
+        if (batch + 1) % every == 0:
+            rate = 0.5 * 0.7 ** (batch / 3)
+            norm = np.linalg.norm(held)
+            if norm > 0.5 and ("clipnorm" in mode or "global_clipnorm" in mode):
+                held *= 0.5 / norm
+            w = w - rate * mode.get("weight_decay", 0.0) * w
+            w = w - rate * reference.direction(held)
+            held = np.zeros_like(w)
+        momentum = 0.6 if batch else 0.0
+        average = momentum * average + (1 - momentum) * w
+        if (batch + 1) % per_execution == 0:
+            reference.deliver(diagonal(None, None, (batch + 1) // every))
+    expected = average if mode.get("use_ema") else w
+    # The schedule is evaluated in float32.
+    np.testing.assert_allclose(model.layers[0].kernel.numpy(), expected, 1e-6)
+    assert optimizer.curvature_updates == 1 + 12 // per_execution
+
+
+class Reference:
+    """The formula of `DiagonalNewton`'s docstring, with its defaults, in NumPy."""
+
+    def __init__(self, beta_2):
+        self.beta_2, self.m, self.v, self.h = beta_2, 0.0, 0.0, 0.0
+        self.steps = self.updates = 0
+
+    def deliver(self, diagonal):
+        self.updates += 1
+        self.h = (1 - self.beta_2) * diagonal + self.beta_2 * self.h
+
+    def direction(self, gradient):
+        self.steps += 1
+        self.m = 0.9 * self.m + 0.1 * gradient
+        self.v = 0.999 * self.v + 0.001 * gradient**2
+        m = self.m / (1 - 0.9**self.steps)
+        usual = np.sqrt(self.v / (1 - 0.999**self.steps))
+        h = np.abs(self.h / (1 - self.beta_2**self.updates))
+        return np.clip(m, -usual, usual) / (h + 0.1 * (h.mean() + usual / 0.01))
+
+
+def test_weight_decay_exclusions():
+    """Excluded variables decay by nothing, the others by the rate times the decay."""
+    optimizer = DiagonalNewton(0.5, weight_decay=0.2)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = keras.Sequential([layers.Input((WIDTH,)), layers.Dense(2)])
+    dense = model.layers[0]
+    dense.bias.assign([1.0, 2.0])
+    before = dense.kernel.numpy()
+    optimizer.build(model.trainable_variables)
+    optimizer.update_hessian_diagonal([np.ones((WIDTH, 2)), np.ones(2)])
+    optimizer.apply([tf.zeros((WIDTH, 2)), tf.zeros(2)])
+    np.testing.assert_array_equal(dense.bias.numpy(), [1.0, 2.0])
+    np.testing.assert_allclose(dense.kernel.numpy(), 0.9 * before, 1e-6)
+
+
+# Save and resume
+
+
+@pytest.mark.parametrize(
+    "options, compiling",
+    [
+        ({}, {"jit_compile": False}),
+        ({}, {"jit_compile": True}),
+        ({"gradient_accumulation_steps": 3}, {}),
+        (
+            {
+                "use_ema": True,
+                "ema_overwrite_frequency": 3,
+                "weight_decay": 0.01,
+                "global_clipnorm": 1.0,
+            },
+            {"steps_per_execution": 4},
+        ),
+        ({"mixed": True, "learning_rate": SCHEDULE}, {}),
+    ],
+    ids=["plain", "xla", "accumulation", "ema_decay_clip", "mixed_schedule"],
+)
+def test_resumes_bit_for_bit(options, compiling, tmp_path):
+    """Saved as `.keras` in mid-training, curvature included."""
+    options = dict(options)
+    mixed = options.pop("mixed", False)
+    keras.config.set_dtype_policy("mixed_float16" if mixed else "float32")
+    try:
+        model = mlp(DiagonalNewton(**options), **compiling)
+        fit(model, 2)
+        model.save(tmp_path / "model.keras")
+        fit(model, 2)
+        again = keras.models.load_model(tmp_path / "model.keras")
+        with warnings.catch_warnings():
+            # In particular not the one that curvature is missing.
+            warnings.simplefilter("error")
+            fit(again, 2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert_same(weights(model), weights(again))
+    optimizer = getattr(again.optimizer, "inner_optimizer", again.optimizer)
+    assert isinstance(optimizer, DiagonalNewton)
+    assert optimizer.curvature_updates > 4
+
+
+# Kinds of models and of training
+
+
+def test_mixed_float16():
+    """`LossScaleOptimizer` wraps it; slots are float32; a skipped step is skipped."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = mlp(DiagonalNewton())
+        fit(model, 3)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    outer = model.optimizer
+    assert isinstance(outer, keras.optimizers.LossScaleOptimizer)
+    inner = outer.inner_optimizer
+    assert {v.dtype for v in inner._curvatures} == {"float32"}
+    before = [v.numpy() for v in inner.variables]
+    shapes = [v.shape for v in model.trainable_variables]
+    tf.function(outer.apply)([tf.fill(s, np.float32(np.inf)) for s in shapes])
+    assert_same(before, [v.numpy() for v in inner.variables])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clipnorm": 0.1}, {"global_clipnorm": 0.1}, {"clipvalue": 0.1}]
+    + [{"gradient_accumulation_steps": 2}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_embedding(options):
+    """Sparse gradients, with words that occur twice, step like dense ones."""
+    ends = []
+    tokens = np.array([[0, 1, 1, 3], [3, 3, 2, 1]] * 4)
+    for sparse in (True, False):
+        keras.utils.set_random_seed(0)
+        inputs = layers.Input((4,), dtype="int32")
+        table = layers.Embedding(6, 2)
+        hidden = (
+            table(inputs)
+            if sparse
+            else layers.Dense(2, use_bias=False)(keras.ops.one_hot(inputs, 6))
+        )
+        outputs = layers.Dense(1)(layers.Flatten()(hidden))
+        model = keras.Model(inputs, outputs)
+        rng = np.random.default_rng(3)
+        for variable in model.trainable_variables:
+            variable.assign(rng.standard_normal(variable.shape))
+        model.compile(optimizer=DiagonalNewton(**options), loss="mse")
+        model.fit(
+            tokens,
+            np.arange(8.0)[:, None],
+            batch_size=2,
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+            callbacks=[Deliver()],
+        )
+        ends.append([v.numpy() for v in model.trainable_variables])
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-6)
+
+
+def test_learning_rate_can_be_set():
+    """The rate is read at each step, not when the step is traced."""
+    model = mlp(DiagonalNewton(0.1))
+    fit(model)
+    before = [v.numpy() for v in model.trainable_variables]
+    model.optimizer.learning_rate = 0.0
+    fit(model)
+    assert_same(before, [v.numpy() for v in model.trainable_variables])
+
+
+def test_frozen_layers_and_several_fits():
+    """Frozen before compiling; unfrozen later by compiling anew."""
+    model = mlp(DiagonalNewton())
+    model.layers[0].trainable = False
+    model.compile(optimizer=DiagonalNewton(), loss="mse")
+    frozen = model.layers[0].kernel.numpy()
+    deliver = Deliver()
+    fit(model, callbacks=[deliver])
+    fit(model, callbacks=[deliver])
+    # The second fit goes on counting: 4 batches each, and one before the first step.
+    assert deliver.delivered == list(range(9))
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), frozen)
+    model.layers[0].trainable = True
+    with pytest.raises(ValueError, match="compile the model again"):
+        Deliver.deliver(deliver)
+    model.compile(optimizer=DiagonalNewton(), loss="mse")
+    fit(model)
+    assert not np.array_equal(model.layers[0].kernel.numpy(), frozen)
+
+
+def test_trains_without_curvature():
+    """One warning in a whole `fit`, and the loss goes down."""
+    model = mlp(DiagonalNewton())
+    with pytest.warns(UserWarning, match="CurvatureMonitor") as warned:
+        history = fit(model, 20, callbacks=[])
+    assert len([w for w in warned if "CurvatureMonitor" in str(w.message)]) == 1
+    assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
+
+
+def test_deliveries_do_not_retrace():
+    model = mlp(DiagonalNewton())
+    traces = []
+    original = model.optimizer.update_step
+    model.optimizer.update_step = lambda *a: (traces.append(1), original(*a))[1]
+    fit(model)
+    once = len(traces)
+    fit(model, 3)
+    assert len(traces) == once
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed_float16"])
+def test_two_replicas(mixed):
+    """`MirroredStrategy`: as on one device; deliveries come from outside its scope."""
+    devices = [d.name for d in tf.config.list_logical_devices("CPU")]
+    assert len(devices) == 2
+    keras.config.set_dtype_policy("mixed_float16" if mixed else "float32")
+    try:
+        ends = []
+        for strategy in (
+            tf.distribute.MirroredStrategy(devices),
+            tf.distribute.get_strategy(),
+        ):
+            with strategy.scope():
+                keras.utils.set_random_seed(0)
+                model = keras.Sequential(
+                    [
+                        layers.Input((WIDTH,)),
+                        layers.Dense(4, activation="tanh"),
+                        layers.Dense(1),
+                    ]
+                )
+                optimizer = newton = DiagonalNewton(weight_decay=0.01)
+                if mixed:
+                    # Keras looks for overflow in the first replica alone: start low.
+                    optimizer = keras.optimizers.LossScaleOptimizer(newton, 16.0)
+                model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+            fit(model, 2)
+            assert newton.curvature_updates == 9
+            assert newton.statistics()["curvature_age"] == 0
+            ends.append(weights(model))
+            for variable in newton.variables + model.trainable_variables:
+                copies = getattr(variable.value, "values", [variable.value])
+                assert_same([copies[0].numpy()] * len(copies), copies)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    # Sums in another order; half precision's eps is 1e-3.
+    rtol = 2e-2 if mixed else 1e-4
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol, rtol)

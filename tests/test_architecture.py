@@ -1,0 +1,185 @@
+"""The imports go one way, as docs/architecture.md says.
+
+The rules below are read against the source, not against loaded modules, so that an
+import inside a function counts as well.
+"""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = "keras_curvature"
+
+# Which rooms a room may import, besides itself.
+ROOMS = {
+    "backend": set(),
+    "progress": set(),
+    "data": {"backend", "progress"},
+    "probe": {"backend", "data"},
+    "layer_rules": {"backend"},
+    "operators": {"backend", "data", "probe", "progress", "layer_rules"},
+    "estimators": {"backend"},
+    "record": {"backend"},
+    "analysis": {
+        "backend",
+        "data",
+        "estimators",
+        "layer_rules",
+        "operators",
+        "probe",
+        "progress",
+        "record",
+    },
+    "spectrum": {"analysis", "backend", "estimators", "progress"},
+    "report": {"analysis", "estimators", "progress", "record", "spectrum"},
+    "plots": set(),
+    "optimizers": set(),
+    "tensorboard": set(),
+    "callbacks": {
+        "analysis",
+        "backend",
+        "data",
+        "estimators",
+        "operators",
+        "probe",
+        "progress",
+        "record",
+        "tensorboard",
+    },
+}
+
+# What a room may import from outside the package and the standard library. A room
+# that is not named may import Keras, NumPy and SciPy.
+OUTSIDE = {
+    "backend.__init__": {"keras"},
+    "backend.tensorflow": {"keras", "numpy", "tensorflow"},
+    "backend.tensorflow_*": {"keras", "numpy", "tensorflow"},
+    "estimators": {"keras.ops", "keras.tree", "numpy", "scipy"},
+    "optimizers": {"keras", "numpy"},
+    "plots": {"matplotlib", "numpy"},
+    "tensorboard.tags": set(),
+    "tensorboard.plugin": {"tensorboard", "werkzeug", "numpy"},
+    "tensorboard": {"tensorboard", "tensorflow", "numpy"},
+}
+ELSEWHERE = {"keras", "numpy", "scipy", "rich", "matplotlib"}
+
+
+def imported_names(source: str, module: str) -> set[str]:
+    """Every name a module imports, dotted and absolute: `from a import b` is `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: -node.level]
+                base = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_inside(name: str, prefix: str) -> bool:
+    if prefix.endswith("*"):
+        return name.startswith(prefix[:-1])
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module imports and must not.
+
+    Args:
+        module: The module's dotted name, `keras_curvature.backend.__init__` for a
+            package's own file.
+        source: Its text.
+    """
+    here = module.removeprefix(PACKAGE + ".")
+    room = here.split(".")[0]
+    if room == "__init__":
+        return []
+    if room not in ROOMS:
+        return [f"the room {room!r} is not in docs/architecture.md's table"]
+    matching = [key for key in OUTSIDE if is_inside(here, key)]
+    outside = OUTSIDE[max(matching, key=len)] if matching else ELSEWHERE
+
+    found = []
+    for name in sorted(imported_names(source, module)):
+        if is_inside(name, PACKAGE):
+            target = name.removeprefix(PACKAGE).removeprefix(".")
+            other = target.split(".")[0]
+            if other == room or other == "__version__":
+                continue
+            if other not in ROOMS[room]:
+                found.append(name)
+            elif other == "backend" and target.startswith("backend.tensorflow"):
+                found.append(f"{name}: only the room's own names, not its modules")
+        elif is_inside(name, "keras.src"):
+            found.append(name)
+        elif name.split(".")[0] not in sys.stdlib_module_names:
+            if not any(is_inside(name, allowed) for allowed in outside):
+                found.append(name)
+    return found
+
+
+def modules() -> dict[str, pathlib.Path]:
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths
+    }
+
+
+@pytest.mark.parametrize("module", modules())
+def test_module_imports_only_what_its_room_may(module):
+    assert violations(module, modules()[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("operators.hessian", "from keras.src import backend"),
+        ("operators.hessian", "import keras.src.utils"),
+        ("operators.hessian", "import tensorflow as tf"),
+        ("operators.hessian", "def f():\n    from tensorflow import constant"),
+        ("operators.hessian", "from keras_curvature import analysis"),
+        ("operators.hessian", "from ..analysis import hessian_trace"),
+        ("operators.hessian", "from keras_curvature.backend.tensorflow import array"),
+        ("estimators.trace", "import keras"),
+        ("estimators.trace", "from keras import Model"),
+        ("estimators.trace", "from keras_curvature.operators import HessianOperator"),
+        ("estimators.trace", "from keras_curvature import analysis"),
+        ("optimizers.diagonal_newton", "from keras_curvature import backend"),
+        ("optimizers.diagonal_newton", "import scipy"),
+        ("probe", "from keras_curvature.operators import HessianOperator"),
+        ("backend.__init__", "import tensorflow"),
+        ("tensorboard.tags", "import tensorflow"),
+        ("tensorboard.plugin.plugin", "import keras"),
+        ("tensorboard.plugin.plugin", "import tensorflow"),
+        ("tensorboard.writer", "from keras_curvature import callbacks"),
+        ("utils", "import math"),
+    ],
+)
+def test_rules_see_what_is_forbidden(module, source):
+    assert violations(f"{PACKAGE}.{module}", source) != []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("backend.tensorflow", "import tensorflow as tf\nimport numpy as np"),
+        ("estimators.trace", "from keras import ops\nimport scipy.sparse"),
+        ("estimators.trace", "from keras_curvature.estimators import estimate"),
+        ("optimizers.diagonal_newton", "import keras\nfrom keras import ops"),
+        ("callbacks.curvature_monitor", "from keras_curvature import analysis"),
+        ("tensorboard.plugin.plugin", "from keras_curvature.tensorboard import tags"),
+    ],
+)
+def test_rules_let_pass_what_is_allowed(module, source):
+    assert violations(f"{PACKAGE}.{module}", source) == []
+
+
+def test_every_room_is_in_the_picture():
+    picture = (ROOT / "docs" / "architecture.md").read_text()
+    assert [room for room in ROOMS if f"`{room}" not in picture] == []

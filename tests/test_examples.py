@@ -1,0 +1,119 @@
+"""Every example runs, as a script, from anywhere."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What the examples share, and no example itself.
+SHARED = {"pictures.py"}
+EXAMPLES = {
+    "demo.py": ("--epochs", "1", "--log-dir", "logs", "--picture", "demo.png"),
+    "monitor_any_model.py": ("--picture", "picture.png"),
+    "diagonal_newton.py": ("--picture", "picture.png"),
+    "edge_of_stability.py": ("--picture", "picture.png"),
+    "pruning.py": ("--picture", "picture.png"),
+    "laplace.py": ("--picture", "picture.png"),
+    "quantisation.py": ("--picture", "picture.png"),
+    "custom_train_step.py": ("--picture", "picture.png"),
+}
+# What each prints about what it found.
+FINDINGS = {
+    "monitor_any_model.py": r"accuracy on the test data: 9\d",
+    "diagonal_newton.py": r"DiagonalNewton +0.1 +464 ",
+    "pruning.py": r" 50% pruned +0\.\d+ +9\d",
+    "laplace.py": r"\n  Laplace +9\d\.\d% +[67]\d",
+    "quantisation.py": r"correlation of logarithms: 0\.9",
+    "custom_train_step.py": r"\n  decoder/pixels +\d",
+    "edge_of_stability.py": r"λ₀ = [23]\.\d+: stable",
+}
+
+
+def run(name, directory):
+    """The output of an example, short enough for a test."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout, result.stderr
+
+
+def test_every_example_is_tested():
+    assert {p.name for p in (ROOT / "examples").glob("*.py")} == set(EXAMPLES) | SHARED
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo")
+    for name in ("SGD", "Adam"):  # Left by an earlier demo, and by somebody else.
+        (directory / "logs" / name / "curvature").mkdir(parents=True)
+    old = directory / "logs" / "SGD" / "curvature" / "events.out.tfevents.1.old"
+    kept = directory / "logs" / "Adam" / "notes.txt"
+    old.touch()
+    kept.touch()
+    output, errors = run("demo.py", directory)
+    assert kept.exists() and not old.exists()
+    return directory, output, errors
+
+
+def test_demo_prints_what_happened(demo):
+    _, output, errors = demo
+    assert "Warning" not in errors
+    for name in ("SGD", "Adam", "DiagonalNewton", "conv1", "conv2", "logits"):
+        assert f"\n  {name} " in output
+    assert "tensorboard --logdir logs\n" in output
+    assert "nan" not in output
+    assert max(map(len, output.splitlines())) <= 90
+
+
+def test_demo_writes_event_files(demo):
+    files = [p.relative_to(demo[0]) for p in demo[0].glob("logs/**/events.*")]
+    names = ["Adam", "DiagonalNewton", "SGD"]
+    assert sorted(str(f.parent) for f in files) == [
+        f"logs/{n}/curvature" for n in names
+    ]
+
+
+def test_demo_draws_a_picture(demo):
+    from matplotlib import image
+
+    assert image.imread(demo[0] / "demo.png").std() > 0.05
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_example_finds_what_it_says_and_draws_it(name, tmp_path):
+    from matplotlib import image
+
+    output, errors = run(name, tmp_path)
+    assert "Warning" not in errors
+    assert re.search(FINDINGS[name], output), output
+    assert "nan" not in output
+    assert max(map(len, output.splitlines())) <= 90 + len(str(ROOT))
+    assert image.imread(tmp_path / "picture.png").std() > 0.05
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"demo.py"}))
+def test_committed_picture_is_small_and_in_the_gallery(name):
+    picture = ROOT / "docs" / "images" / name.replace(".py", ".png")
+    assert picture.stat().st_size < 120_000
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    assert f"](images/{picture.name})" in gallery
+    assert f"](../examples/{name})" in gallery
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_example_opens_with_formula_and_symbols(name):
+    doc = ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text()))
+    for part in ("What you learn:", "| symbol | meaning |", "Usage:", "--picture"):
+        assert part in doc

@@ -1,0 +1,70 @@
+"""Every Python block of the README runs, one after the other as a reader would."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the README's snippets have defined after the last one."""
+    names = {"__name__": "readme"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        keras.utils.set_random_seed(0)
+        for number, snippet in enumerate(SNIPPETS, start=1):
+            exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
+        names["event files"] = list(pathlib.Path("logs").glob("**/events.*"))
+    return names
+
+
+def test_fit_snippet_trains_and_logs(names):
+    losses = names["history"].history["loss"]
+    assert losses[-1] < 0.3 < losses[0]
+    assert len(names["history"].history["hessian_trace"]) == 5
+    assert names["monitor"].history[0]["step"] == 0
+    assert [str(p.parent) for p in names["event files"]] == ["logs/digits/curvature"]
+
+
+def test_fit_snippet_has_ten_lines_of_its_own():
+    """Ten statements besides the imports: what makes the package easy to try."""
+    (snippet,) = [s for s in SNIPPETS if ".fit(" in s]
+    lines = [line for line in snippet.splitlines() if line and "import" not in line]
+    assert len(lines) <= 10
+
+
+def test_figures_are_estimates(names):
+    assert names["norm"].relative_standard_error <= 0.05
+    assert len(names["diagonal"].value) == 4
+    assert names["trace"].value > 0
+
+
+def test_largest_eigenvalue_agrees_with_the_monitor(names):
+    """The operator has the probe data of the monitor, at the weights it saw last."""
+    record = names["monitor"].history[-1]
+    assert record["step"] == 280 < int(names["model"].optimizer.iterations) == 285
+    np.testing.assert_allclose(
+        names["eigenvalues"].max(), record["hessian_max_eigenvalue"], rtol=0.5
+    )
+
+
+def test_matrix_of_a_function(names):
+    np.testing.assert_allclose(names["matrix"], [[4, 2], [2, 0]], rtol=1e-6)
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    for target in targets:
+        assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_no_private_names():
+    for snippet in SNIPPETS:
+        assert not re.search(r"\bkc\._|keras_curvature\._", snippet)
