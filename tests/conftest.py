@@ -17,6 +17,16 @@ tf.config.set_logical_device_configuration(
 )
 
 
+@pytest.fixture(scope="session")
+def mirrored():
+    """The one strategy over both devices.
+
+    Each `MirroredStrategy` numbers its collective operations from the same start, so
+    the second one to train in a process meets the first one's shapes.
+    """
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def float64():
     """Keras computes in float64 during the test."""

@@ -117,11 +117,10 @@ def test_sources_and_layers_are_float32_at_least(policy):
     assert [layer.dtype_policy for layer in model.layers] == policies
 
 
-def test_loss_is_not_divided_among_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_loss_is_not_divided_among_replicas(mirrored):
     losses = []
-    for scope in (contextlib.nullcontext, strategy.scope):
-        with strategy.scope():
+    for scope in (contextlib.nullcontext, mirrored.scope):
+        with mirrored.scope():
             case = cases.penalties()
         with scope():
             probe, batch = built(case)

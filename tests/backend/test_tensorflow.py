@@ -58,9 +58,9 @@ def test_placed():
         assert "CPU:1" in backend.placed(a, "CPU:1").device
 
 
-def test_num_replicas():
+def test_num_replicas(mirrored):
     assert backend.num_replicas() == 1
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with mirrored.scope():
         assert backend.num_replicas() == 2
 
 

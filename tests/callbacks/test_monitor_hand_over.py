@@ -225,7 +225,7 @@ def test_resumed_training_needs_no_new_probe_at_the_same_step():
 # Two devices
 
 
-def test_mirrored_strategy():
+def test_mirrored_strategy(mirrored):
     """Two replicas: the same figures and weights as on one, up to rounding."""
 
     def train(strategy):
@@ -235,10 +235,8 @@ def test_mirrored_strategy():
         fit(model, watch, epochs=2)
         return model, watch
 
-    devices = [d.name for d in tf.config.list_logical_devices("CPU")][:2]
-    assert len(devices) == 2
     alone, one = train(tf.distribute.get_strategy())
-    model, both = train(tf.distribute.MirroredStrategy(devices))
+    model, both = train(mirrored)
     assert model.distribute_strategy.num_replicas_in_sync == 2
     assert steps(both) == steps(one) == [0, 5, 10, 15, 20]
     for first, second in zip(one.history, both.history, strict=True):

@@ -1041,13 +1041,12 @@ def test_work_stays_on_the_device_of_the_model():
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_mirrored_model(inside):
+def test_mirrored_model(mirrored, inside):
     expected = operator(small()).to_dense()
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+    with mirrored.scope():
         case = small()
     if inside:
-        with strategy.scope():
+        with mirrored.scope():
             dense = operator(case).to_dense()
     else:
         dense = operator(case).to_dense()
