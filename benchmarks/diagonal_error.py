@@ -12,8 +12,7 @@ import numpy as np
 from xdiag import xdiag
 
 from keras_curvature import HessianOperator, estimators
-from keras_curvature.operators import ExactDiagonal
-from keras_curvature.operators.grouped_diagonal import GroupedDiagonal
+from keras_curvature.operators import ExactDiagonal, LayerwiseDiagonal
 
 REPETITIONS = 16
 
@@ -59,13 +58,10 @@ def run(names=tuple(networks.BUILDERS)):
     return rows
 
 
-def _layerwise(op, samples, seed, groups="joint"):
-    sampler = op.layer_outputs
-    if groups != "joint":
-        sampler = GroupedDiagonal(sampler, groups)
-    return estimators.sampled_moments(
-        sampler, samples, seed=seed
-    ).diagonal.value.numpy()
+def _layerwise(op, samples, seed, groups="joint", control_variate=False):
+    sampler = LayerwiseDiagonal(op.layer_outputs, groups, control_variate)
+    moments = estimators.sampled_moments(sampler, samples, seed=seed)
+    return moments.diagonal.value.numpy()
 
 
 def _hutchinson(op, samples, seed):

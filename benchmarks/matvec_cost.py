@@ -5,6 +5,7 @@ import networks
 import numpy as np
 
 from keras_curvature import HessianOperator
+from keras_curvature.operators import LayerwiseDiagonal
 
 
 def run():
@@ -21,12 +22,8 @@ def run():
                 "gradient": lambda op=op: op.value_and_gradient()[1].numpy(),
                 "matvec": lambda op=op, one=one: (op @ one).numpy(),
                 "4 matvecs": lambda op=op, four=four: (op @ four).numpy(),
-                "layerwise sample": lambda op=op: op.layer_outputs.diagonal_samples(
-                    0, 0, 1
-                ).numpy(),
-                "4 layerwise samples": lambda op=op: op.layer_outputs.diagonal_samples(
-                    0, 0, 4
-                ).numpy(),
+                "layerwise sample": lambda op=op: _samples(op, 1),
+                "4 layerwise samples": lambda op=op: _samples(op, 4),
             },
             rounds=40,
         )
@@ -44,6 +41,10 @@ def _tensor(x):
     from keras import ops
 
     return ops.convert_to_tensor(x)
+
+
+def _samples(op, count):
+    return LayerwiseDiagonal(op.layer_outputs).diagonal_samples(0, 0, count).numpy()
 
 
 if __name__ == "__main__":

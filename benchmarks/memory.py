@@ -62,7 +62,9 @@ def _work(task):
     elif task == "matvec":
         _ = op @ np.ones(op.shape[0], "float32")
     elif task == "layerwise sample":
-        op.layer_outputs.diagonal_samples(0, 0, 1)
+        from keras_curvature.operators import LayerwiseDiagonal
+
+        LayerwiseDiagonal(op.layer_outputs).diagonal_samples(0, 0, 1)
     elif task == "gauss_newton":
         kc.hessian_diagonal(op, method="gauss_newton", verbose=False)
     # On Linux in KiB.

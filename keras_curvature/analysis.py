@@ -7,6 +7,7 @@ arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
 """
 
 import dataclasses
+import math
 import warnings
 
 from keras import ops
@@ -16,8 +17,8 @@ from keras_curvature.estimators import Estimate
 from keras_curvature.operators import (
     ExactDiagonal,
     GaussNewtonDiagonal,
-    GroupedDiagonal,
     HessianOperator,
+    LayerwiseDiagonal,
 )
 from keras_curvature.probe import Probe
 from keras_curvature.progress import Progress
@@ -27,6 +28,12 @@ AFFORDABLE_MATVECS = 64
 
 #: Exact figures that take more products than this must be asked for explicitly.
 MAX_MATVECS = 10_000
+
+#: The Gauss–Newton part is computed exactly, and only the rest sampled, if the model
+#: has at most this many scalar outputs for each sample that is drawn, and the rest has
+#: less than this share of the variance.
+CONTROL_PASSES = 4
+CONTROL_NOISE = 0.5
 
 #: Samples of the diagonal when neither a budget nor a tolerance is given.
 LAYERWISE_SAMPLES = 8
@@ -43,6 +50,7 @@ def hessian_diagonal(
     seed: int = 0,
     max_matvecs: int = MAX_MATVECS,
     groups="joint",
+    control_variate: bool | str = "auto",
     verbose: bool | str = "auto",
     **options,
 ) -> Estimate:
@@ -83,6 +91,10 @@ def hessian_diagonal(
             `"layer"` for a product per layer (less noise, most in transformers and
             residual networks, at a price that grows with depth), or a list of lists
             of layers or their names.
+        control_variate: whether a layerwise sample is drawn of `H − G` alone and the
+            exact diagonal of the Gauss–Newton part G added, for one backward pass
+            per scalar output of the model. `"auto"` does so if those passes are few
+            for the number of samples.
         verbose: whether to show progress; `"auto"` does if it takes long.
         **options: further arguments of `HessianOperator`.
 
@@ -91,8 +103,8 @@ def hessian_diagonal(
         for each variable, in units of loss per squared unit of the variable.
 
     Raises:
-        ValueError: for an unknown method, inconsistent data, or an exact diagonal
-            beyond `max_matvecs`.
+        ValueError: for an unknown method, inconsistent data, an exact diagonal
+            beyond `max_matvecs`, or a control variate that the model does not have.
     """
     operator = operator_for(model, x, y, options)
     with Progress(operator, verbose) as progress:
@@ -105,6 +117,7 @@ def hessian_diagonal(
             max_matvecs,
             progress,
             groups=groups,
+            control_variate=control_variate,
         ).diagonal
     return dataclasses.replace(
         estimate,
@@ -123,6 +136,7 @@ def diagonal_moments(
     progress=None,
     samples=LAYERWISE_SAMPLES,
     groups="joint",
+    control_variate="auto",
 ):
     """`hessian_diagonal` and the trace that comes with it, for an operator.
 
@@ -136,6 +150,7 @@ def diagonal_moments(
         progress: called as `progress(done, total)`.
         samples: samples of `"layerwise"` when there is no budget.
         groups: which layers share a product.
+        control_variate: whether the Gauss–Newton part is computed exactly.
 
     Returns:
         `Moments` whose tensors are flat and stay on the device, without a norm.
@@ -151,7 +166,7 @@ def diagonal_moments(
             stacklevel=3,
         )
     plan = None
-    if by_layers and method in ("auto", "exact"):
+    if by_layers and method in ("auto", "exact", "layerwise"):
         plan = _from_layers(ExactDiagonal, operator).plan(seed)
     if method == "auto":
         cost = operator.shape[0] if plan is None else plan.num_matvecs
@@ -162,11 +177,20 @@ def diagonal_moments(
     if method == "layerwise":
         if num_matvecs is None and tolerance is None:
             num_matvecs = samples
-        sampler = operator.layer_outputs
-        if groups != "joint":
-            sampler = GroupedDiagonal(sampler, groups)
+        if control_variate == "auto":
+            drawn = min(16, estimators.check_budget(num_matvecs, tolerance))
+            control_variate = (
+                plan.num_outputs <= CONTROL_PASSES * drawn
+                and plan.noise_without < CONTROL_NOISE
+            )
+        elif control_variate and plan.num_outputs == math.inf:
+            raise ValueError(
+                "The Gauss–Newton part cannot be told from the rest of the Hessian: "
+                "the outputs have no fixed size, or the loss mixes them with "
+                "something else. Received: control_variate=True; use False."
+            )
         return estimators.sampled_moments(
-            sampler,
+            LayerwiseDiagonal(operator.layer_outputs, groups, control_variate),
             num_matvecs,
             tolerance,
             seed,
@@ -301,10 +325,15 @@ def hessian_frobenius_norm(
             return estimators.exact_moments(operator, blocks, progress).frobenius_norm
         if method == "deflated":
             return _deflated(operator, name, num_matvecs, tolerance, seed, progress)
-        squared = estimators.hutchinson_squared_frobenius_norm(
-            operator, num_matvecs, tolerance, seed, blocks, progress
-        )
-        return estimators.frobenius_norm_of_squared(squared)
+        return estimators.hutchinson_moments(
+            operator,
+            num_matvecs,
+            tolerance,
+            seed,
+            blocks,
+            progress=progress,
+            judged=("squared norm",),
+        ).frobenius_norm
 
 
 def hessian_matrix(model, x=None, y=None, *, max_parameters: int = 10_000, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import reference
 from keras import layers, ops
 
-from keras_curvature.operators import ExactDiagonal, HessianOperator
+from keras_curvature.operators import ExactDiagonal, HessianOperator, LayerwiseDiagonal
 from keras_curvature.operators.exact_diagonal import Plan
 
 #: Layers with a rule in odd shapes: name to input shape and layer.
@@ -223,7 +223,7 @@ def exact(op):
 
 def samples_of(op, count, seed=0, width=4):
     """Samples of the diagonal, `(P, count)`, a few of them in each call."""
-    draw = op.layer_outputs.diagonal_samples
+    draw = LayerwiseDiagonal(op.layer_outputs).diagonal_samples
     parts = [np.asarray(draw(seed, i, width)) for i in range(0, count, width)]
     return np.concatenate(parts, axis=1)
 

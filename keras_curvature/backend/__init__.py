@@ -29,6 +29,7 @@ if keras.backend.backend() == "tensorflow":
         sum_over_chunks,
         sum_over_range,
         values_of,
+        with_constant_cotangent,
     )
     from keras_curvature.backend.tensorflow_graphs import (
         is_used,
@@ -68,4 +69,5 @@ __all__ = [
     "sum_over_chunks",
     "sum_over_range",
     "values_of",
+    "with_constant_cotangent",
 ]

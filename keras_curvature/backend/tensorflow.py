@@ -390,35 +390,20 @@ class GradientProducts:
         )
         return [_dense(part) for part in parts]
 
-    def push_forward(self, targets, sources, directions):
-        """`J v`: how recorded tensors move along directions of the sources.
-
-        By the transpose of the transpose: `Jᵀ w` is linear in `w`, and its derivative
-        by `w` along `v` is `J v`.
-
-        Args:
-            targets: list of recorded tensors.
-            sources: list of sources.
-            directions: list of tensors shaped like the sources.
-
-        Returns:
-            A list shaped like `targets`.
-        """
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            cotangents = [tf.zeros_like(t) for t in targets]
-            tape.watch(cotangents)
-            carried = self.pull_back(targets, cotangents, sources)
-        return tape.gradient(
-            carried,
-            cotangents,
-            output_gradients=directions,
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
-
     def depends(self, target, sources):
         """Whether a recorded tensor depends on any of `sources`, structurally."""
         parts = self._outer.gradient(target, sources)
         return any(part is not None for part in parts)
+
+
+@tf.custom_gradient
+def with_constant_cotangent(x):
+    """`x`, behind which the gradient counts as a constant for the next derivative.
+
+    With `f` the tensor and `g = ∂L/∂f`, the gradient `Jᵀ g` by what `f` was computed
+    from is right, and its derivative is `Σ_c g_c ∂²f_c`, without `Jᵀ (∂²L/∂f²) J`.
+    """
+    return tf.identity(x), tf.stop_gradient
 
 
 def finite_difference_products(gradient_at, values, directions):

@@ -25,6 +25,9 @@ from keras_curvature.layer_rules import paths, stacked_products
 from keras_curvature.operators import gauss_newton
 from keras_curvature.operators.recording import Recording, unique_names
 
+#: Beyond so many scalar outputs of a model its Gauss–Newton part is no help to samples.
+FEW_OUTPUTS = 64
+
 #: Bound for the elements of all shifts times the basis vectors folded together.
 FOLDED_ELEMENTS = 2**24
 
@@ -37,10 +40,17 @@ class Plan:
         ways: dictionary from the path of a variable to `"outputs"`, `"parameters"` or
             `"gauss_newton"`; a path that occurs again is followed by a number.
         num_matvecs: number of matrix-vector products (or backward passes).
+        num_outputs: number of the model's scalar outputs per sample, which is what
+            the exact Gauss–Newton part of all layers with a rule costs in backward
+            passes; infinite where that part cannot be told from the rest.
+        noise_without: the variance of samples that leave the Gauss–Newton part out,
+            over that of others.
     """
 
     ways: dict
     num_matvecs: int
+    num_outputs: float = math.inf
+    noise_without: float = math.inf
 
 
 class ExactDiagonal:
@@ -53,9 +63,14 @@ class ExactDiagonal:
     def __init__(self, layer_outputs):
         self._layer_outputs = layer_outputs
         self._operator = layer_outputs.operator
+        self._lasting_plan = None
 
     def plan(self, seed=0):
         """Chooses the cheapest way for each variable; costs about ten gradients.
+
+        A model is planned once if it has neither penalties, nor a layer whose block
+        is all Gauss–Newton, nor so few outputs that the plan's `noise_without`, which
+        depends on the weights, is of interest: what is curved stays so.
 
         Args:
             seed: seed of the certificates.
@@ -63,20 +78,30 @@ class ExactDiagonal:
         Returns:
             A `Plan`.
         """
+        if self._lasting_plan is not None:
+            return self._lasting_plan
         operator = self._operator
         if self._layer_outputs.samples_interact:
             ways = dict.fromkeys(unique_names(operator.variables), "parameters")
             return Plan(ways, sum(operator.sizes))
-        departures, penalties = operator.mean_over_batches(
+        coupling, departures, noise, penalties = operator.mean_over_batches(
             self._certificates,
             ("exact", "certificates"),
             backend.array([seed, 0], "int32"),
         )
         # Rounding is orders below, a curved activation orders above.
         threshold = np.finfo(operator.dtype).eps ** (2 / 3)
-        piecewise = {k for k, size in departures.items() if float(size) < threshold}
+        notes = self._layer_outputs.notes["exact"]
+        piecewise = set()
+        if float(coupling) < threshold:
+            piecewise = {k for k, size in departures.items() if float(size) < threshold}
+        else:
+            notes = dataclasses.replace(notes, num_outputs=math.inf)
         diagonal = {i for i, size in penalties.items() if float(size) < threshold}
-        return self._cheapest(self._layer_outputs.notes["exact"], piecewise, diagonal)
+        plan = self._cheapest(notes, piecewise, diagonal, float(noise))
+        if not (piecewise or penalties) and plan.num_outputs > FEW_OUTPUTS:
+            self._lasting_plan = plan
+        return plan
 
     def compute(self, plan):
         """The exact diagonal as a flat tensor `(P,)`, on the device.
@@ -92,15 +117,23 @@ class ExactDiagonal:
     # While tracing
 
     def _certificates(self, batch, seed):
-        """Departures from Gauss–Newton by use, and penalties' from a diagonal."""
+        """What speaks against the cheaper ways, each as a relative size.
+
+        Returns:
+            The coupling of the outputs with the rest, the departures from
+            Gauss–Newton by use, the noise without that part, and the departures of
+            penalties from a diagonal.
+        """
         recording = self._layer_outputs.record(batch, outputs=True)
         notes = _Notes.of(recording)
         first = len(recording.variables)
         one = ops.ones((), recording.tapes.loss.dtype.name)
         departures = {k: one for k in range(first, first + len(recording.uses))}
+        coupling = noise = one
         try:
             notes.num_outputs = sum(gauss_newton.output_sizes(recording))
-            found = gauss_newton.departure(recording, seed)
+            coupling = gauss_newton.coupling(recording, seed)
+            found, noise = gauss_newton.departure(recording, seed)
             departures.update({k: found[k] for k in departures if k in found})
         except ValueError:
             pass  # The model's outputs have no fixed size.
@@ -111,9 +144,9 @@ class ExactDiagonal:
             for i in notes.uses_of
             if i in notes.penalized
         }
-        return departures, penalties
+        return coupling, departures, noise, penalties
 
-    def _cheapest(self, notes, piecewise, diagonal_penalty):
+    def _cheapest(self, notes, piecewise, diagonal_penalty, noise):
         size = dict(enumerate(self._operator.sizes))
         ways = dict.fromkeys(size, "parameters")
         # Layers that share a variable or an output go the same way.
@@ -140,7 +173,8 @@ class ExactDiagonal:
                 ways.update(dict.fromkeys(variables, "gauss_newton"))
         names = unique_names(self._operator.variables)
         named = {names[i]: way for i, way in ways.items()}
-        return Plan(named, int(cost + sum(size[i] for i in free)))
+        total = int(cost + sum(size[i] for i in free))
+        return Plan(named, total, notes.num_outputs, noise)
 
     def _diagonal(self, batch, ways):
         probe = self._operator.probe

@@ -23,185 +23,13 @@ ROWS_ELEMENTS = 2**24
 UNKNOWN_SIZE = 256
 
 
-class GaussNewtonDiagonal:
-    """The diagonal of G, exactly or by samples that are never negative.
-
-    Penalties on the variables are included with their full curvature.
-
-    Args:
-        layer_outputs: a `LayerOutputHessian`.
-    """
-
-    def __init__(self, layer_outputs):
-        self._layer_outputs = layer_outputs
-        self._operator = layer_outputs.operator
-
-    @property
-    def num_matvecs(self):
-        """Backward passes that the last `compute` took; `None` before it."""
-        return self._layer_outputs.notes.get("gauss newton")
-
-    @property
-    def device(self):
-        """Name of the device that does the work."""
-        return self._operator.device
-
-    @property
-    def size(self):
-        """P, the number of entries."""
-        return self._operator.shape[0]
-
-    def compute(self):
-        """The exact diagonal, a flat tensor `(P,)` on the device.
-
-        One backward pass per scalar output of the model serves all layers with a
-        rule; each other variable takes two per output and sample. `num_matvecs`
-        tells how many it was.
-        """
-        return self._operator.mean_over_batches(self._exact, ("gauss newton", "exact"))
-
-    def diagonal_samples(self, seed, first, count):
-        """Independent unbiased samples, `(P, count)`, none of them negative.
-
-        With `S_n = F_n F_nᵀ` and random signs r: `E (Jᵀ F r)² = diag(JᵀSJ)`. Negative
-        eigenvalues of `S_n`, which convex losses do not have, are left out.
-
-        Args:
-            seed: integer seed.
-            first: index of the first sample.
-            count: number of samples.
-        """
-        return self._operator.mean_over_batches(
-            lambda batch, seed, number: self._samples(batch, seed, number, count),
-            ("gauss newton", "samples", count),
-            backend.array([seed, first], "int32"),
-            numbered=True,
-        )
-
-    def _exact(self, batch):
-        recording = self._layer_outputs.record(batch, outputs=True)
-        count, samples = sum(output_sizes(recording)), _num_samples(recording)
-        covered, uncovered = _by_coverage(recording)
-        parts = diagonal(recording, covered) if covered else {}
-        for i in covered:
-            parts[i] = parts[i] + _penalty(recording.tapes, i)
-        for i in uncovered:
-            parts[i] = _by_samples(recording, i) + self._own_penalty(recording, i)
-        # Kept with the operator, as the graph is that is traced here.
-        self._layer_outputs.notes["gauss newton"] = count + sum(
-            2 * samples * count for _ in uncovered
-        )
-        return self._operator.flatten([parts[i] for i in sorted(parts)])
-
-    def _samples(self, batch, seed, number, count):
-        recording = self._layer_outputs.record(batch, outputs=True)
-        s = output_hessian(recording)
-        eigenvalues, vectors = ops.linalg.eigh(s)
-        root = vectors * ops.sqrt(ops.maximum(eigenvalues, 0))[:, None, :]
-        covered, uncovered = _by_coverage(recording)
-        penalties = {i: _penalty(recording.tapes, i) for i in covered}
-        penalties.update({i: self._own_penalty(recording, i) for i in uncovered})
-        reached = {k for uses in recording.paths.values() for _, k in uses}
-        wanted = sorted({*uncovered, *reached})
-        sources = [recording.tapes.sources[k] for k in wanted]
-        samples = []
-        for index in range(count):
-            key = backend.fold_seed(seed + [0, index], number)
-            signs = backend.random_signs(ops.shape(s)[:2], key, s.dtype.name)
-            weights = ops.einsum("ncr,nr->nc", root, signs)
-            carried = recording.tapes.pull_back(
-                _targets(recording), _as_outputs(recording, weights), sources
-            )
-            g = [None] * len(recording.tapes.sources)
-            for k, part in zip(wanted, carried, strict=True):
-                g[k] = part
-            parts = recording.diagonal(g, g)
-            parts = [part + penalties[i] for i, part in enumerate(parts)]
-            samples.append(self._operator.flatten(parts))
-        return ops.stack(samples, axis=1)
-
-    def _own_penalty(self, recording, i):
-        """The same for a variable that also acts in ways that no rule knows."""
-        source, regularizer = (
-            recording.tapes.sources[i],
-            recording.variables[i].regularizer,
-        )
-        if regularizer is None or self._operator.probe._loss_fn:
-            return ops.zeros_like(source)
-        tapes = backend.GradientProducts(lambda watch: regularizer(source), [source])
-        return _penalty(tapes, 0)
-
-
-def _by_coverage(recording):
+def by_coverage(recording):
     """Indices of the variables that act through layer outputs, and of the others."""
     covered = [i for i, v in enumerate(recording.variables) if id(v) in recording.paths]
     return covered, [i for i in range(len(recording.variables)) if i not in covered]
 
 
-def _num_samples(recording):
-    return recording.tapes.sources[recording.outputs[0]].shape[0] or 1
-
-
-def _penalty(tapes, i):
-    """The diagonal of the Hessian of what acts on source i directly: penalties.
-
-    Ones give it exactly where it is diagonal; two random directions tell.
-    """
-    source = tapes.sources[i]
-    if tapes.gradients[i] is None:
-        return ops.zeros_like(source)
-
-    def product(v):
-        direction = [None] * len(tapes.sources)
-        direction[i] = v
-        return tapes.product(direction, wanted=[i])[i]
-
-    size = math.prod(source.shape)
-
-    def entry(j):
-        e = ops.reshape(ops.one_hot(j, size, dtype=source.dtype.name), source.shape)
-        return [e * product(e)]
-
-    def by_basis():
-        return backend.sum_over_range(entry, size, max(1, min(256, 2**20 // size)))[0]
-
-    ones = product(ops.ones_like(source))
-    signs = [
-        backend.random_signs(source.shape, (i, number), source.dtype.name)
-        for number in range(2)
-    ]
-    distance = [ops.max(ops.abs(v * product(v) - ones)) for v in signs]
-    threshold = np.finfo(source.dtype.name).eps ** (2 / 3) * ops.max(ops.abs(ones))
-    diagonal = ops.maximum(*distance) <= threshold
-    return ops.cond(diagonal, lambda: ones, by_basis)
-
-
-def _by_samples(recording, i):
-    """`Σ_n Σ_cd S_ncd ∂f_nc/∂θ ⊙ ∂f_nd/∂θ` for a variable that no rule covers."""
-    tapes = recording.tapes
-    source, s = tapes.sources[i], output_hessian(recording)
-    samples, count = ops.shape(s)[0], s.shape[1]
-
-    def entry(j):
-        n, c = j // count, j % count
-        here = ops.cast(ops.arange(samples, dtype="int32") == n, s.dtype.name)[:, None]
-        parts = []
-        for weights in (ops.one_hot(c, count, dtype=s.dtype.name)[None], s[:, c]):
-            cotangents = _as_outputs(recording, here * weights)
-            parts += tapes.pull_back(_targets(recording), cotangents, [source])
-        return [ops.reshape(parts[0] * parts[1], source.shape)]
-
-    fold = max(1, 2**20 // max(1, math.prod(source.shape)))
-    static = s.shape[0]
-    if static is None:
-        raise ValueError(
-            "The Gauss–Newton diagonal of a variable without a layer rule needs "
-            "batches of a fixed size."
-        )
-    return backend.sum_over_range(entry, static * count, min(256, fold))[0]
-
-
-def _as_outputs(recording, flat):
+def as_outputs(recording, flat):
     """`(N, C)` as a list of tensors shaped like the outputs."""
     ends = np.cumsum(output_sizes(recording))
     starts = [0, *ends[:-1]]
@@ -298,7 +126,7 @@ def diagonal(recording, variables):
         ]
 
     def carried(cotangents):
-        back = tapes.pull_back(_targets(recording), cotangents, list(sources.values()))
+        back = tapes.pull_back(targets(recording), cotangents, list(sources.values()))
         return dict(zip(wanted, back, strict=True))
 
     def row(c):
@@ -351,42 +179,92 @@ def _like(sources, flat):
 def departure(recording, seed):
     """How far M is from its Gauss–Newton part, at each shift.
 
-    For random `v`, `(M − G) v` vanishes up to rounding with probability one only if
-    the rows of `M − G` do. This certifies what a list of layer types could only
-    guess.
+    For random `v`, `(M − G) v` vanishes with probability one only if the rows of
+    `M − G` do. This certifies what a list of layer types could only guess.
 
     Args:
         recording: a `Recording` with outputs.
         seed: seed of the direction.
 
     Returns:
-        Dictionary from source index to the relative size of `(M − G) v` there.
+        Dictionary from source index to the relative size of `(M − G) v` there, and
+        the noise of samples of the diagonal drawn with `M − G` over that with M: a
+        ratio of variances, infinite where M has none.
     """
-    tapes = recording.tapes
-    first = len(recording.variables)
-    v = recording.signs(seed)
-    v[:first] = [None] * first
-    probed = [k for k in range(first, len(v)) if v[k] is not None]
+    v = [None] * len(recording.tapes.sources)
+    w = list(v)
+    probed = _reached(recording)
     for k in probed:
         # Normal numbers, so that no finite set of directions can hide a part.
-        v[k] = backend.random_normal(
-            ops.shape(v[k]), backend.fold_seed(seed, 10_000 + k), v[k].dtype.name
-        )
-    u = tapes.product(v, wanted=probed)
-    sources = [tapes.sources[k] for k in probed]
-    moved = tapes.push_forward(_targets(recording), sources, [v[k] for k in probed])
-    back = tapes.pull_back(
-        _targets(recording), output_product(recording, moved), sources
+        v[k] = _normal(recording.tapes.sources[k], seed, 10_000 + k)
+        w[k] = _normal(recording.tapes.sources[k], seed, 30_000 + k)
+    product = recording.tapes.product(v, wanted=probed)
+    residual = recording.residual().tapes.product(v, wanted=probed)
+    # With w independent of v, all entries of the matrices count, the diagonal too.
+    left, whole = (
+        sum(ops.sum(ops.square(d)) for d in recording.diagonal(w, u))
+        for u in (residual, product)
     )
-    sizes = {}
-    for k, g in zip(probed, back, strict=True):
-        scale = ops.maximum(ops.max(ops.abs(u[k])), ops.max(ops.abs(g)))
-        distance = ops.max(ops.abs(u[k] - g))
-        sizes[k] = ops.where(scale > 0, distance / scale, 0.0)
-    return sizes
+    noise = ops.where(whole > 0, left / whole, float("inf"))
+    return {k: _relative(residual[k], product[k]) for k in probed}, noise
 
 
-def _targets(recording):
+def coupling(recording, seed):
+    """How far the loss is from a function of the outputs plus one of the rest.
+
+    Then `M = Jᵀ S J + R` has no other mixed terms, which all that tells G from
+    R relies on. A loss that multiplies an output with something else has them.
+
+    Args:
+        recording: a `Recording` with outputs.
+        seed: seed of the direction.
+
+    Returns:
+        The largest relative distance between `M v` and `Jᵀ S v` over all shifts, for
+        a random move `v` of the outputs, a scalar.
+    """
+    tapes, outputs, probed = recording.tapes, recording.outputs, _reached(recording)
+    moved = [_normal(tapes.sources[k], seed, 20_000 + k) for k in outputs]
+    v = [None] * len(tapes.sources)
+    for k, move in zip(outputs, moved, strict=True):
+        v[k] = move
+    product = tapes.product(v, wanted=sorted({*outputs, *probed}))
+    carried = tapes.pull_back(
+        targets(recording),
+        [product[k] for k in outputs],
+        [tapes.sources[k] for k in probed],
+    )
+    return ops.max(
+        ops.stack(
+            [
+                _relative(product[k] - g, product[k], g)
+                for k, g in zip(probed, carried, strict=True)
+            ]
+            or [0.0]
+        )
+    )
+
+
+def _reached(recording):
+    """Indices of the shifts that move the loss."""
+    first, gradients = len(recording.variables), recording.tapes.gradients
+    return [k for k in range(first, len(gradients)) if gradients[k] is not None]
+
+
+def _normal(like, seed, number):
+    return backend.random_normal(
+        ops.shape(like), backend.fold_seed(seed, number), like.dtype.name
+    )
+
+
+def _relative(difference, *terms):
+    """The largest entry of a difference, relative to those of its terms."""
+    scale = ops.max(ops.stack([ops.max(ops.abs(t)) for t in terms]))
+    size = ops.max(ops.abs(difference))
+    return ops.where(scale > 0, size / scale, ops.cast(size > 0, size.dtype))
+
+
+def targets(recording):
     """The recorded outputs of the model, with their shifts."""
     return [recording.shifted[k] for k in recording.outputs]
 
@@ -396,7 +274,7 @@ def _basis(recording, i):
     source = recording.tapes.sources[recording.outputs[0]]
     size = sum(output_sizes(recording))
     e = ops.one_hot(i, size, dtype=source.dtype.name)[None]
-    return _as_outputs(recording, ops.broadcast_to(e, (ops.shape(source)[0], size)))
+    return as_outputs(recording, ops.broadcast_to(e, (ops.shape(source)[0], size)))
 
 
 def _flat(x):

@@ -70,33 +70,6 @@ class LayerOutputHessian:
         self._interact = None
 
     @property
-    def device(self):
-        """Name of the device that does the work."""
-        return self.operator.device
-
-    def diagonal_samples(self, seed, first, count):
-        """Independent unbiased samples of the Hessian's diagonal.
-
-        Args:
-            seed: integer seed.
-            first: index of the first sample; a sample is a function of
-                `(seed, index)` and the model's state alone.
-            count: number of samples; they share one forward pass and gradient.
-
-        Returns:
-            Tensor `(P, count)`, on the device.
-        """
-        self.samples_interact  # noqa: B018  # Leaves only rules that hold.
-        return self.operator.mean_over_batches(
-            lambda batch, seed, number: self._diagonal_samples(
-                batch, seed, number, count
-            ),
-            ("layer outputs", "diagonal samples", count),
-            backend.array([seed, first], "int32"),
-            numbered=True,
-        )
-
-    @property
     def samples_interact(self):
         """Whether a sample's outputs feel the directions of other samples.
 
@@ -121,11 +94,6 @@ class LayerOutputHessian:
         return self._interact
 
     @property
-    def size(self):
-        """P, the number of entries of the diagonal."""
-        return self.operator.shape[0]
-
-    @property
     def rules(self):
         """The layers that are reached through their outputs, with their rules."""
         if self._rules is None:
@@ -145,16 +113,6 @@ class LayerOutputHessian:
             for name, v in zip(recording.names, recording.variables, strict=True)
         }
         return recording
-
-    def _diagonal_samples(self, batch, seed, number, count):
-        recording = self.record(batch)
-        samples = []
-        for index in range(count):
-            # Fresh signs for each sample and each batch of the data.
-            v = recording.signs(backend.fold_seed(seed + [0, index], number))
-            diagonal = recording.diagonal(v, recording.tapes.product(v))
-            samples.append(self.operator.flatten(diagonal))
-        return ops.stack(samples, axis=1)
 
     def _drop_rules(self, wrong):
         layers = [x for x, bad in zip(self._candidates, wrong, strict=True) if bad]

@@ -46,6 +46,8 @@ class Recording:
         rules: dictionary from layer to rule. Those that turn out not to hold are
             left out; see `rules`.
         outputs: whether the model's outputs are shifted as well.
+        constant: indices of the sources behind whose tensors the gradient counts as
+            a constant; see `residual`.
 
     Attributes:
         names: a name for each variable, see `unique_names`.
@@ -58,7 +60,9 @@ class Recording:
         shifted: `{index of a source: the tensor that it shifts}`, after the shift.
     """
 
-    def __init__(self, probe, batch, rules, outputs=False):
+    def __init__(self, probe, batch, rules, outputs=False, constant=()):
+        self._made_of = probe, batch
+        self._constant_behind = frozenset(constant)
         self.variables = probe.variables
         self.names = unique_names(self.variables)
         self.rules = dict(rules)
@@ -85,6 +89,15 @@ class Recording:
             if len(sound) == len(self.rules):
                 break
             self.rules = sound
+
+    def residual(self):
+        """The same with `M − G` in the place of M, where this one has outputs.
+
+        G is the Gauss–Newton part, `Jᵀ S J` with the Jacobian J of the model's
+        outputs and the Hessian S of the loss by them: with the gradient at the
+        outputs held constant, what remains is the model's own curvature.
+        """
+        return Recording(*self._made_of, self.rules, True, self.outputs)
 
     def signs(self, seed):
         """A random direction of the joint space; `None` where the loss is flat."""
@@ -134,7 +147,10 @@ class Recording:
         def add_shift(z):
             shift, index = ops.zeros_like(z), next(count)
             watch(shift)
-            self.shifted[index] = z + shift
+            shifted = z + shift
+            if index in self._constant_behind:
+                shifted = backend.with_constant_cotangent(shifted)
+            self.shifted[index] = shifted
             return shift, index
 
         with contextlib.ExitStack() as stack:

@@ -323,3 +323,15 @@ def test_list_of_silent_gradients_is_complete():
         "TensorArrayGradWithShape",
     }
     assert {name for name in silent if "Grad" in name} <= known | harmless
+
+
+def test_behind_a_constant_cotangent_only_the_function_in_front_is_curved():
+    """`L = g(f(x))` with `f = x²`, `g = f³`: `L' = 6x⁵`, and `g'(f) f'' = 6x⁴`."""
+    x = tf.constant(2.0)
+
+    def loss(watch):
+        return backend.with_constant_cotangent(x**2) ** 3
+
+    tapes = backend.GradientProducts(loss, [x])
+    assert float(tapes.loss) == 64 and float(tapes.gradients[0]) == 6 * 32
+    assert float(tapes.product([tf.constant(1.0)])[0]) == 6 * 16
