@@ -105,15 +105,21 @@ def million():
 
 
 def trained(name, epochs=5, seed=0):
+    """The network of a name in `BUILDERS`, after some epochs of Adam."""
+    return fitted(name, *BUILDERS[name], epochs, seed)
+
+
+def fitted(name, build, samples, epochs=5, seed=0):
     """A `Network` after some epochs of Adam.
 
     Args:
-        name: key of `BUILDERS`.
+        name: what to call it.
+        build: makes the model.
+        samples: size of the batch that it is probed on.
         epochs: number of epochs.
         seed: seed of weights and batches.
     """
     keras.utils.set_random_seed(seed)
-    build, samples = BUILDERS[name]
     x, y = digits()
     model = build()
     model.compile(

@@ -35,7 +35,7 @@ class _Compare(keras.callbacks.Callback):
         if self._step % 20 or self._step > 20 * PROBES:
             return
         op = self._op
-        truth = estimators.exact_squared_frobenius_norm(op).value ** 0.5
+        truth = estimators.exact_moments(op).frobenius_norm.value
         kept, cold, plain, inside = [], [], [], []
         for seed, subspace in enumerate(self._kept):
             norm = subspace.update(op, MATVECS, seed=(seed, 1)).frobenius_norm
@@ -44,10 +44,10 @@ class _Compare(keras.callbacks.Callback):
             fresh = estimators.DominantSubspace()
             found = fresh.update(op, MATVECS, seed=(seed, self._step))
             cold.append(found.frobenius_norm.value)
-            squared = estimators.hutchinson_squared_frobenius_norm(
+            average = estimators.hutchinson_moments(
                 op, MATVECS, seed=(seed, self._step, 2)
             )
-            plain.append(squared.value**0.5)
+            plain.append(average.frobenius_norm.value)
         self.rows.append(
             {
                 "network": self._name,

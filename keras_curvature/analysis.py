@@ -292,6 +292,12 @@ def hessian_frobenius_norm(
     estimated without bias, by the delta method. `"deflated"` is described in
     `keras_curvature.estimators.DominantSubspace`.
 
+    ```python
+    norm = kc.hessian_frobenius_norm(model, x, y)
+    own = norm.pairs.value.diagonal()           # of each variable's diagonal block
+    between = 1 - (own**2).sum() / norm.value**2    # share between the variables
+    ```
+
     Args:
         model: a compiled Keras model, or a `HessianOperator`.
         x: inputs, or a data set; see `HessianOperator`.
@@ -307,7 +313,9 @@ def hessian_frobenius_norm(
 
     Returns:
         An `Estimate` of a float, in the units of the Hessian. Its `blocks` are the
-        norms of the variables' rows, whose squares add up to its square.
+        norms of the variables' rows, whose squares add up to its square. Its `pairs`
+        holds an array `(n, n)` for n variables: the norm of the part of H in the rows
+        of one and the columns of another (`None` for `"hutchinson"`).
 
     Raises:
         ValueError: for an unknown method, inconsistent data, or an exact norm beyond
@@ -426,21 +434,46 @@ def _gauss_newton(operator, num_matvecs, tolerance, seed, progress):
 def _deflated(operator, name, num_matvecs, tolerance, seed, progress):
     """A figure from a dominant subspace, refined until it is precise enough."""
     budget = estimators.check_budget(num_matvecs, tolerance)
-    subspace = estimators.DominantSubspace()
-    width, spent = budget if tolerance is None else min(24, budget), 0
-    while True:
-        figures = subspace.update(operator, width, seed, operator.sizes)
+    first = budget if tolerance is None else min(24, budget)
+    for figures, spent in subspace_looks(operator, first, budget, seed):
         estimate = getattr(figures, name)
-        spent += figures.num_matvecs
         progress(min(spent, budget), budget)
         error = estimate.relative_standard_error
-        if tolerance is None or (error is not None and error <= tolerance):
-            break
-        # Each look starts from the subspace that the last one found.
-        width = min(2 * width, budget - spent)
-        if width < 2:
+        if tolerance is not None and error is not None and error <= tolerance:
             break
     return dataclasses.replace(estimate, num_matvecs=spent)
+
+
+def subspace_looks(operator, first, budget, seed):
+    """Looks at an operator, each from the subspace that the last one found.
+
+    Each takes twice the products of the last. Ctrl-C ends them, unless nothing is known
+    by then.
+
+    Args:
+        operator: a `HessianOperator`.
+        first: products of the first look.
+        budget: products of all of them.
+        seed: seed of the random signs.
+
+    Yields:
+        `DeflatedMoments`, and the products spent so far.
+    """
+    subspace, spent, width = estimators.DominantSubspace(), 0, first
+    while not spent or width >= 2:
+        try:
+            figures = subspace.update(
+                operator, width, seed, operator.sizes, partial=True
+            )
+        except KeyboardInterrupt:
+            if not spent:
+                raise
+            return
+        spent += figures.num_matvecs
+        yield figures, spent
+        if figures.num_matvecs < width:
+            return  # Interrupted, or exact.
+        width = min(2 * width, budget - spent)
 
 
 def _check_affordable(cost, max_matvecs, alternative):

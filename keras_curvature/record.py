@@ -7,6 +7,7 @@ from. It is put together here, for the monitor and for the report alike.
 import functools
 import math
 
+import numpy as np
 from keras import ops
 
 from keras_curvature import backend
@@ -19,6 +20,9 @@ _STATISTICS = (
     "diagonal_min",
     "negative_share",
 )
+
+#: A variable's rows of the diagonal block of its layer.
+_IN_LAYER = "layer_block_share"
 
 
 def scalar_figures(diagonal=None, subspace=None):
@@ -65,7 +69,9 @@ def variable_figures(operator, diagonal=None, subspace=None, edges=None):
 
     Returns:
         A list of dictionaries with `"path"`, `"layer"`, `"size"` and the figures
-        that are known.
+        that are known. `"frobenius_share"` is the share of the squared norm in the
+        variable's rows of H; `"block_share"` that in its own diagonal block, and
+        `"layer_block_share"` that in its rows of its layer's diagonal block.
     """
     records = []
     for variable, size in zip(operator.variables, operator.sizes, strict=True):
@@ -87,11 +93,27 @@ def variable_figures(operator, diagonal=None, subspace=None, edges=None):
                 )
     if subspace is not None:
         squared = subspace.squared_frobenius_norm
+        scale = 1 / squared.value if squared.value else 0.0
         for record, part in zip(records, squared.blocks, strict=True):
-            record["frobenius_share"] = (
-                part.value / squared.value if squared.value else 0.0
-            )
+            record["frobenius_share"] = part.value * scale
+        if squared.pairs is not None:
+            _add_blocks(records, squared.pairs, scale)
     return records
+
+
+def _add_blocks(records, pairs, scale):
+    """Shares of the squared norm in diagonal blocks, the variables' and the layers'."""
+    layers = np.array([r["layer"] for r in records])
+    # Of a layer's block each of its variables holds some rows.
+    within = layers[:, None] == layers
+    for key, part in (("block_share", np.eye(len(layers))), (_IN_LAYER, within)):
+        shares = (pairs.value * part).sum(1) * scale
+        errors = [None] * len(layers)
+        if pairs.standard_error is not None:
+            errors = ((pairs.standard_error * part).sum(1) * scale).tolist()
+        for record, share, error in zip(records, shares, errors, strict=True):
+            record[key] = float(share)
+            record[f"{key}_standard_error"] = error
 
 
 def _without_model(path, operator):
@@ -110,7 +132,8 @@ def layer_figures(variables):
         variables: list from `variable_figures`.
 
     Returns:
-        A list of dictionaries with `"name"` in place of path and layer.
+        A list of dictionaries with `"name"` in place of path and layer. What the
+        `"block_share"`s of all layers leave of one lies between layers.
     """
     layers = {}
     for record in variables:
@@ -127,9 +150,12 @@ def _one_layer(name, records):
     for key, choose in (("diagonal_max", max), ("diagonal_min", min)):
         if key in records[0]:
             layer[key] = choose(r[key] for r in records)
-    for key in ("trace", "trace_standard_error", "frobenius_share"):
-        if key in records[0]:
-            values = [r[key] for r in records]
+    sums = {key: key for key in ("trace", "trace_standard_error", "frobenius_share")}
+    for key in ("", "_standard_error"):
+        sums[f"block_share{key}"] = f"{_IN_LAYER}{key}"
+    for key, source in sums.items():
+        if source in records[0]:
+            values = [r[source] for r in records]
             layer[key] = None if None in values else sum(values)
     if "diagonal_mean_standard_error" in records[0]:
         error = layer["trace_standard_error"]

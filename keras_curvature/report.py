@@ -5,8 +5,7 @@ import rich.console
 import rich.table
 
 from keras_curvature import record as records
-from keras_curvature.analysis import diagonal_moments, operator_for
-from keras_curvature.estimators import DominantSubspace
+from keras_curvature.analysis import diagonal_moments, operator_for, subspace_looks
 from keras_curvature.progress import Progress
 
 
@@ -31,7 +30,8 @@ def curvature_summary(
 
     A layer with a large mean diagonal is stiff: its weights tolerate little rounding
     or pruning. The shares say how much of the trace and of the squared Frobenius norm
-    lies in a layer's rows.
+    lies in a layer's rows of H, and how much of the norm in its own diagonal block:
+    what is left couples it with other layers.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.
@@ -49,7 +49,8 @@ def curvature_summary(
     Returns:
         A list of dictionaries, one for each layer, and a last one with the name
         `"total"` that also holds `hessian_trace`, `hessian_frobenius_norm`,
-        `hessian_max_eigenvalue` and their errors.
+        `hessian_max_eigenvalue`, their errors, and `off_diagonal_share`: the share of
+        the squared norm outside of the layers' diagonal blocks.
 
     Raises:
         ValueError: for an unknown method or inconsistent data.
@@ -63,10 +64,9 @@ def curvature_summary(
             progress=progress,
             samples=max(2, num_matvecs // 4),
         )
-        subspace = DominantSubspace()
         # The first look finds the subspace, the second one uses it.
-        for share in (num_matvecs // 2, num_matvecs - num_matvecs // 2):
-            figures = subspace.update(operator, max(2, share), seed, operator.sizes)
+        first = max(2, num_matvecs // 2)
+        *_, (figures, spent) = subspace_looks(operator, first, num_matvecs, seed)
     variables = records.variable_figures(operator, diagonal, figures)
     layers = records.layer_figures(variables)
     names: dict = {}
@@ -77,7 +77,10 @@ def curvature_summary(
         layer["variables"] = ", ".join(names[layer["name"]])
     total = {"name": "total", "size": operator.shape[0]}
     total.update(records.scalar_figures(diagonal, figures))
-    total["num_matvecs"] = diagonal.num_matvecs + num_matvecs
+    total["off_diagonal_share"] = 1 - sum(layer["block_share"] for layer in layers)
+    errors = [layer["block_share_standard_error"] for layer in layers]
+    total["off_diagonal_share_standard_error"] = None if None in errors else sum(errors)
+    total["num_matvecs"] = diagonal.num_matvecs + spent
     if print_fn is not False:
         _print(layers, total, print_fn)
     return [*layers, total]
@@ -90,23 +93,22 @@ def _print(layers, total, print_fn):
         title_style="bold",
         header_style="bold",
     )
-    for column in ("Layer", "Variables"):
-        table.add_column(column, overflow="fold")
+    table.add_column("Layer", overflow="fold")
     for column in (
-        "Parameters",
-        "Mean diagonal",
-        "Max diagonal",
-        "Negative",
+        "Params",
+        "Mean diag.",
+        "Max diag.",
+        "< 0",
         "Trace",
         "of trace",
         "of ‖H‖²",
+        "in own block",
     ):
         table.add_column(column, justify="right")
     whole = total["hessian_trace"]
     for layer in layers:
         table.add_row(
             layer["name"],
-            layer["variables"],
             f"{layer['size']:,}",
             _with_error(layer["diagonal_mean"], layer["diagonal_mean_standard_error"]),
             f"{layer['diagonal_max']:.3g}",
@@ -114,6 +116,7 @@ def _print(layers, total, print_fn):
             _with_error(layer["trace"], layer["trace_standard_error"]),
             f"{layer['trace'] / whole:.0%}" if whole else "-",
             f"{layer['frobenius_share']:.0%}",
+            f"{layer['block_share']:.0%}",
         )
     lines = [
         ("trace", "hessian_trace", "hessian_trace_standard_error"),
@@ -132,6 +135,10 @@ def _print(layers, total, print_fn):
         f"{label[0].upper()}{label[1:]}: {_with_error(total[value], total[error])}"
         for label, value, error in lines
     ]
+    off, error = (total[f"off_diagonal_share{key}"] for key in ("", "_standard_error"))
+    summary.append(
+        f"Between layers: {off:.0%} of ‖H‖²" + (f" ± {error:.0%}" if error else "")
+    )
     console = rich.console.Console(highlight=False)
     with console.capture() as capture:
         console.print(table)

@@ -26,7 +26,8 @@ def hessian_eigenvalues(
     print(top.value)            # sharpness: gradient descent is stable below 2 / η
     ```
 
-    Implicitly restarted Lanczos iteration (Lehoucq, Sorensen, Yang 1998) from SciPy.
+    Lanczos iteration with thick restarts (Wu, Simon 2000). Ctrl-C ends it; the best
+    eigenvalues known by then are returned with their bounds.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.
@@ -50,7 +51,7 @@ def hessian_eigenvalues(
     Raises:
         ValueError: for inconsistent data, an unknown `which`, or a `k` or a tolerance
             that is not positive.
-        RuntimeError: if no eigenvalue converged within the budget.
+        RuntimeError: if the products are not finite.
     """
     operator = operator_for(model, x, y, options)
     with Progress(operator, verbose) as progress:
@@ -81,6 +82,7 @@ def hessian_spectral_density(
 
     Stochastic Lanczos quadrature (Lin, Saad, Yang 2016; Ghorbani, Krishnan, Xiao
     2019) with full reorthogonalisation. Costs `num_steps × num_vectors` products.
+    Ctrl-C ends it; the density is then that of the steps and vectors made so far.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.

@@ -28,6 +28,12 @@ def named(name, size=60, seed=0, dtype="float64"):
     return matrix(SPECTRA[name](size), seed, dtype)
 
 
+def squared_norms_of_pairs(dense, sizes):
+    """The sums of squares of all parts of a matrix cut into blocks both ways."""
+    starts = np.cumsum(sizes) - sizes
+    return np.add.reduceat(np.add.reduceat(dense**2, starts, 0), starts, 1)
+
+
 class Recorded:
     """A matrix as an operator on tensors that remembers what it was multiplied by."""
 
@@ -47,3 +53,16 @@ class Recorded:
     def columns(self):
         """All directions so far, one in each column."""
         return np.concatenate([d.reshape(len(d), -1) for d in self.directions], axis=1)
+
+
+class Interrupted(Recorded):
+    """Ctrl-C after a number of products."""
+
+    def __init__(self, dense, after):
+        super().__init__(dense)
+        self.after = after
+
+    def __matmul__(self, directions):
+        if sum(d.shape[1] for d in self.directions) >= self.after:
+            raise KeyboardInterrupt
+        return super().__matmul__(directions)

@@ -5,6 +5,7 @@ import random
 
 import cases
 import keras
+import matrices
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -51,6 +52,9 @@ def flat(value):
     if isinstance(value, list):
         return np.concatenate([np.ravel(a) for a in value])
     return np.array([value])
+
+
+SCALARS = {kc.hessian_trace: np.trace, kc.hessian_frobenius_norm: np.linalg.norm}
 
 
 def ids(way):
@@ -180,6 +184,75 @@ def test_blocks_of_the_norm_add_up(method):
             for end, size in zip(ends, op.sizes, strict=True)
         ]
         np.testing.assert_allclose(squares, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["exact", "deflated"])
+def test_norms_of_pairs_of_variables(method):
+    """Each block of H, and with them what lies in no variable's own."""
+    op = operator()
+    exact = matrices.squared_norms_of_pairs(dense(), op.sizes)
+    estimate = kc.hessian_frobenius_norm(op, method=method)
+    pairs = estimate.pairs
+    if method == "exact":
+        np.testing.assert_allclose(pairs.value, np.sqrt(exact), rtol=1e-9)
+        assert not pairs.standard_error.any()
+    else:
+        error = abs(pairs.value - np.sqrt(exact))
+        assert (error <= 4 * pairs.standard_error + 1e-9).all()
+        assert pairs.standard_error.max() < 0.1 * estimate.value
+    hutchinson = kc.hessian_frobenius_norm(op, method="hutchinson", num_matvecs=8)
+    assert hutchinson.pairs is None
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("whole_data", [False, True])
+@pytest.mark.parametrize(
+    "function, arguments, after",
+    [
+        (kc.hessian_trace, {"method": "hutchinson", "num_matvecs": 64}, 9),
+        (kc.hessian_trace, {"method": "deflated", "num_matvecs": 64}, 9),
+        (kc.hessian_frobenius_norm, {"method": "hutchinson", "num_matvecs": 64}, 9),
+        (kc.hessian_frobenius_norm, {"method": "deflated", "num_matvecs": 28}, 6),
+        (kc.hessian_frobenius_norm, {"method": "deflated", "tolerance": 1e-9}, 8),
+        (kc.hessian_eigenvalues, {"k": 2, "tolerance": 1e-12}, 9),
+        (kc.hessian_spectral_density, {"num_vectors": 4}, 5),
+    ],
+)
+def test_an_interruption_returns_what_is_known(
+    function, arguments, after, whole_data, monkeypatch
+):
+    """In the middle of a product, as Ctrl-C would: the passes before it count."""
+    model, x, y, *_ = cases.mlp_gelu()
+    h = kc.hessian_matrix(model, x, y)
+    assert len(h) > 40
+    op = kc.HessianOperator(model, x, y, batch_size=2 if whole_data else None)
+    compute, passes = op.mean_over_batches, []
+
+    def interrupted(*arguments, **more):
+        if len(passes) == after:
+            raise KeyboardInterrupt
+        passes.append(1)
+        return compute(*arguments, **more)
+
+    monkeypatch.setattr(op, "mean_over_batches", interrupted)
+    found = function(op, seed=1, **arguments)
+    assert 0 < found.num_matvecs <= 4 * after
+    if function in SCALARS:
+        error = abs(found.value - SCALARS[function](h))
+        assert 0 < found.standard_error and error <= 4 * found.standard_error
+    elif function is kc.hessian_eigenvalues:
+        for value, bound in zip(found.value, found.standard_error, strict=True):
+            assert 0 < abs(np.linalg.eigvalsh(h) - value).min() <= bound
+    else:
+        moment = found.moment(1)
+        error = abs(moment.value - np.trace(h) / len(h))
+        assert error <= 4 * moment.standard_error
+    passes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        after = 0
+        function(op, seed=1, **arguments)
 
 
 # What is shown meanwhile

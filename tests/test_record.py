@@ -19,6 +19,7 @@ SIZES = [6, 2, 4]
 DIAGONAL = np.array(
     [1e-3, -2.0, 0.0, 5.0, 1e9, 3.0] + [-1e9, 4.0] + [1.0, -1.0, 2.0, -2.0]
 )
+PAIRS = np.array([[25.0, 15.0, 10.0], [15.0, 8.0, 7.0], [10.0, 7.0, 3.0]])
 PARTS = np.split(DIAGONAL, np.cumsum(SIZES)[:-1])
 
 
@@ -42,10 +43,14 @@ def moments(error=0.5):
     return Moments(trace, None, Estimate(value, tf.zeros_like(value), 4), 4)
 
 
-def deflated(values=(-7.0, 5.0, 1.0)):
+def deflated(values=(-7.0, 5.0, 1.0), error=2.0):
     trace = Estimate(9.0, 0.1, 12, tuple(Estimate(t, 0.1, 12) for t in (4.0, 2.0, 3.0)))
     squared = Estimate(
-        100.0, 20.0, 12, tuple(Estimate(s, 1.0, 12) for s in (50.0, 30.0, 20.0))
+        100.0,
+        20.0,
+        12,
+        tuple(Estimate(s, 1.0, 12) for s in (50.0, 30.0, 20.0)),
+        Estimate(PAIRS, None if error is None else error * np.ones((3, 3)), 12),
     )
     residuals = np.array([0.3, 0.2, 0.1])
     return DeflatedMoments(trace, squared, None, 12, np.array(values), residuals)
@@ -98,6 +103,11 @@ def test_variable_figures(operator):
             "trace_standard_error": 0.5 * (i + 1),
             "diagonal_mean_standard_error": 0.5 * (i + 1) / h.size,
             "frobenius_share": [0.5, 0.3, 0.2][i],
+            "block_share": [0.25, 0.08, 0.03][i],
+            "block_share_standard_error": 0.02,
+            # The first two share a layer.
+            "layer_block_share": [0.4, 0.23, 0.03][i],
+            "layer_block_share_standard_error": [0.04, 0.04, 0.02][i],
         }
         for key, value in expected.items():
             np.testing.assert_allclose(v[key], value, rtol=1e-12, err_msg=key)
@@ -140,14 +150,21 @@ def test_layer_figures(operator):
         "trace_standard_error": 1.5,
         "diagonal_mean_standard_error": 1.5 / 8,
         "frobenius_share": 0.8,
+        "block_share": 0.63,
+        "block_share_standard_error": 0.08,
     }
     for key, value in expected.items():
         # Rounding, where 1e9 and -1e9 cancel.
         np.testing.assert_allclose(conv[key], value, rtol=1e-7, err_msg=key)
     assert sum(conv["histogram"]["counts"]) == 8
     assert {k: v for k, v in dense.items() if k not in ("name",)} == {
-        k: v for k, v in variables[2].items() if k not in ("path", "layer")
+        k: v
+        for k, v in variables[2].items()
+        if k not in ("path", "layer") and "layer_block" not in k
     }
+    # What the layers' blocks leave lies between them.
+    between = 1 - conv["block_share"] - dense["block_share"]
+    np.testing.assert_allclose(between, 2 * (10 + 7) / 100)
 
 
 def test_unknown_errors_stay_unknown(operator):
@@ -158,7 +175,12 @@ def test_unknown_errors_stay_unknown(operator):
     layer = record.layer_figures(variables)[0]
     assert layer["trace_standard_error"] is None
     assert layer["diagonal_mean_standard_error"] is None
-    assert "frobenius_share" not in layer
+    assert "frobenius_share" not in layer and "block_share" not in layer
+    variables = record.variable_figures(operator, None, deflated(error=None))
+    assert variables[0]["block_share_standard_error"] is None
+    layer = record.layer_figures(variables)[0]
+    assert layer["block_share_standard_error"] is None
+    np.testing.assert_allclose(layer["block_share"], 0.63)
 
 
 def test_only_the_subspace(operator):

@@ -4,14 +4,10 @@ from keras_curvature.estimators.deflation import DeflatedMoments
 from keras_curvature.estimators.diagonal import exact_diagonal, hutchinson_diagonal
 from keras_curvature.estimators.eigenvalues import Eigenvalues, eigenvalues
 from keras_curvature.estimators.estimate import Estimate
-from keras_curvature.estimators.frobenius import (
-    exact_squared_frobenius_norm,
-    frobenius_norm_of_squared,
-    hutchinson_squared_frobenius_norm,
-)
 from keras_curvature.estimators.moments import (
     Moments,
     exact_moments,
+    frobenius_norm_of_squared,
     hutchinson_moments,
 )
 from keras_curvature.estimators.samples_of_diagonal import (
@@ -24,7 +20,6 @@ from keras_curvature.estimators.spectral_density import (
     spectral_density,
 )
 from keras_curvature.estimators.subspace import DominantSubspace
-from keras_curvature.estimators.trace import exact_trace, hutchinson_trace
 
 __all__ = [
     "DeflatedMoments",
@@ -37,13 +32,9 @@ __all__ = [
     "eigenvalues",
     "exact_diagonal",
     "exact_moments",
-    "exact_squared_frobenius_norm",
-    "exact_trace",
     "frobenius_norm_of_squared",
     "hutchinson_diagonal",
     "hutchinson_moments",
-    "hutchinson_squared_frobenius_norm",
-    "hutchinson_trace",
     "moments_of_diagonal",
     "sampled_moments",
     "spectral_density",

@@ -23,10 +23,11 @@ from keras import ops
 from keras_curvature.backend import compiled
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
-from keras_curvature.estimators.products import block_rows, block_sums, dot, to_host
+from keras_curvature.estimators.products import GROUP, block_rows, dot, to_host
 from keras_curvature.estimators.quadratic_forms import (
     error_of_mean,
     mean_of,
+    paired_mean,
     students_factor,
 )
 
@@ -48,7 +49,7 @@ class DeflatedMoments(Moments):
 
 
 def deflated_moments(
-    products, basis, signs, num_matvecs, block_sizes=None, diagonal=False
+    products, basis, signs, num_matvecs, block_sizes=None, diagonal=False, partial=False
 ):
     """The figures that Q and random signs tell, and the products they took.
 
@@ -59,18 +60,36 @@ def deflated_moments(
         num_matvecs: number of products to name in the estimates.
         block_sizes: tuple of sizes, or `None`.
         diagonal: whether to estimate the diagonal too.
+        partial: whether Ctrl-C leaves signs out, if at least two are done by then.
 
     Returns:
         A `DeflatedMoments`, HQ `(P, k)` and H(I − QQᵀ)V `(P, s)`.
     """
     k = int(basis.shape[1])
-    both = products(ops.concatenate([basis, _remainders(basis, signs)], axis=1))
+    columns = ops.concatenate([basis, _remainders(basis, signs)], axis=1)
+    both = (
+        _until_interrupted(products, columns, k + 2) if partial else products(columns)
+    )
+    num_matvecs -= int(columns.shape[1] - both.shape[1])
     basis_products, fresh_products = both[:, :k], both[:, k:]
+    signs = signs[:, : int(fresh_products.shape[1])]
     measured = _measure(block_sizes, bool(diagonal))(
         basis, signs, basis_products, fresh_products
     )
     figures = _figures(measured, int(signs.shape[1]), num_matvecs, block_sizes)
     return figures, basis_products, fresh_products
+
+
+def _until_interrupted(products, columns, least):
+    """The products with the first columns, all of them unless Ctrl-C is pressed."""
+    done: list = []
+    try:
+        for start in range(0, int(columns.shape[1]), GROUP):
+            done.append(products(columns[:, start : start + GROUP]))
+    except KeyboardInterrupt:
+        if GROUP * len(done) < least:
+            raise
+    return ops.concatenate(done, axis=1)
 
 
 @compiled
@@ -88,39 +107,29 @@ def _measure(block_sizes, diagonal):
         T = (T + ops.transpose(T)) / 2
         orthogonal = Z - ops.matmul(Q, T)
         orthogonal = orthogonal - ops.matmul(Q, dot(Q, orthogonal))
-        S = dot(orthogonal, orthogonal)
-        inside = ops.matmul(Q, dot(Q, Y))
-        R = Y - inside  # = BV
+        inside = dot(Q, Y)
+        R = Y - ops.matmul(Q, inside)  # = BV
         R = R - ops.matmul(Q, dot(Q, R))
-        known_norm = ops.square(Z) + ops.matmul(Q, S) * Q
-        known_diagonal = ops.sum(2 * Z * Q - ops.matmul(Q, T) * Q, axis=1)
         shares = V * R
         rows = block_rows(block_sizes)
 
-        def forms(*pairs):
-            """Sums of xᵀy over the pairs, for each block of rows."""
-            return ops.cast(
-                ops.stack([sum(dot(x[b], y[b]) for x, y in pairs) for b in rows]),
-                "float64",
-            )
+        def grams(x):
+            return ops.cast(ops.stack([dot(x[b], x[b]) for b in rows]), "float64")
 
         measured = {
-            "T": ops.cast(T, "float64"),
-            "S": ops.cast(S, "float64"),
-            "known norm": block_sums(ops.sum(known_norm, axis=1)[:, None], block_sizes),
-            "known trace": block_sums(known_diagonal[:, None], block_sizes),
-            # ‖(HW)_b‖² less its part inside of Q, whose mean `known norm` holds.
-            "norm": forms((R, R), (R, inside), (inside, R)),
+            "T": T,
+            "inside": inside,
+            "grams": grams(ops.concatenate([Q, orthogonal, V, R], axis=1)),
+            "trace diagonal": grams(shares),
             "norm diagonal": dot(ops.square(R), ops.square(R)),
-            "trace": forms((V, R)),
-            "trace diagonal": forms((shares, shares)),
         }
         if diagonal:
             # Not the static shape: a graph may serve several numbers of signs.
             count = ops.cast(ops.shape(shares)[1], shares.dtype)
             mean = ops.sum(shares, axis=1) / ops.maximum(count, 1)
             squares = ops.sum(ops.square(shares - mean[:, None]), axis=1)
-            measured["diagonal"] = known_diagonal + mean
+            known = ops.sum((2 * Z - ops.matmul(Q, T)) * Q, axis=1)
+            measured["diagonal"] = known + mean
             measured["diagonal error"] = ops.sqrt(
                 squares / ops.maximum(count * (count - 1), 1)
             )
@@ -129,20 +138,38 @@ def _measure(block_sizes, diagonal):
     return compiled(measure)
 
 
+# What is not finite gives figures that are not finite, without further noise.
+@np.errstate(over="ignore", invalid="ignore")
 def _figures(measured, fresh, num_matvecs, block_sizes):
-    """The figures from what was measured on the device."""
+    """The figures from what was measured on the device.
+
+    With W = [Q, Z⊥] and C = [[T, I], [I, 0]], K is `W C Wᵀ`; so the products of the
+    tall arrays with each other, by block, tell all of it.
+    """
     diagonal = None
     if "diagonal" in measured:
         value, error = measured.pop("diagonal"), measured.pop("diagonal error")
         error = None if fresh == 1 else error * students_factor(fresh - 1)
         diagonal = Estimate(value, error, num_matvecs)
     small = {name: to_host(x) for name, x in measured.items()}
-    norm, trace = small["norm"], small["trace"]
-    trace = (trace + np.swapaxes(trace, 1, 2)) / 2
-    trace_diagonal = small["trace diagonal"]
+    T, grams, trace_diagonal = small["T"], small["grams"], small["trace diagonal"]
+    k = len(T)
+    W, V, R = slice(2 * k), slice(2 * k, 2 * k + fresh), slice(2 * k + fresh, None)
+    WW, WV, WR, VR = grams[:, W, W], grams[:, W, V], grams[:, W, R], grams[:, V, R]
+    eye = np.eye(k)
+    C = np.block([[T, eye], [eye, 0 * eye]])
+    CW = C @ WW
+    S = WW[:, k:, k:].sum(0)
+    # Z = W [T; I]; and ‖K‖² by rows is that of Z and of Q Z⊥ᵀ.
+    rows_of_Z = C[:, :k].T @ WW @ C[:, :k]
+    known_rows = np.trace(rows_of_Z + S @ WW[:, :k, :k], axis1=1, axis2=2)
+    # ‖(HV)_b‖² less its part inside of Q, whose mean the known rows hold.
+    mixed = np.swapaxes(WR[:, :k], 1, 2) @ small["inside"]
+    norm = grams[:, R, R] + mixed + np.swapaxes(mixed, 1, 2)
+    trace = (VR + np.swapaxes(VR, 1, 2)) / 2
 
-    def estimate(known, forms, error, errors):
-        values = known[:, 0] + mean_of(forms)
+    def estimate(known, forms, error, errors, pairs=None):
+        values = known + mean_of(forms)
         shares = ()
         if block_sizes is not None:
             errors = [None] * len(values) if errors is None else errors.tolist()
@@ -151,26 +178,71 @@ def _figures(measured, fresh, num_matvecs, block_sizes):
                 for v, e in zip(values, errors, strict=True)
             )
         error = None if error is None else float(error)
-        return Estimate(float(values.sum()), error, num_matvecs, shares)
+        return Estimate(float(values.sum()), error, num_matvecs, shares, pairs)
 
+    pairs = None
+    if block_sizes is not None and fresh != 1:
+        pairs = Estimate(*_pairs(CW, C @ WV, WR, VR, grams[:, R, R]), num_matvecs)
     total, trace_total = norm.sum(0), trace.sum(0)
     return DeflatedMoments(
         estimate(
-            small["known trace"],
+            np.trace(CW, axis1=1, axis2=2),
             trace,
             error_of_mean(trace_total, trace_diagonal.sum(0), total),
             error_of_mean(trace, trace_diagonal),
         ),
         estimate(
-            small["known norm"],
+            known_rows,
             norm,
             error_of_mean(total, small["norm diagonal"], skewed=True),
             error_of_mean(norm, skewed=True),
+            pairs,
         ),
         diagonal,
         num_matvecs,
-        *_eigenvalues(small["T"], small["S"], _spectral_norm(total)),
+        *_eigenvalues(T, S, _spectral_norm(total)),
     )
+
+
+def _pairs(CW, CWV, WR, VR, RR):
+    """`‖H_ab‖²` for all pairs of blocks, and its standard error.
+
+    `‖K_ab‖²` is known. For the rest, with independent signs v and w,
+
+        ‖B_ab‖² = E (w_a · (Bv)_a) (v_b · (Bw)_b)
+        ⟨K_ab, B_ab⟩ = E (K_ab v_b) · (Bv)_a
+
+    so that every pair of directions gives a sample.
+
+    Args:
+        CW: `C Wᵀ_a W_a` for each block a, `(n, 2k, 2k)`.
+        CWV: `C Wᵀ_a V_a`, `(n, 2k, s)`.
+        WR: `Wᵀ_a R_a` with `R = BV`, `(n, 2k, s)`.
+        VR: `Vᵀ_a R_a`, `(n, s, s)`.
+        RR: `Rᵀ_a R_a`, `(n, s, s)`.
+
+    Returns:
+        Two arrays `(n, n)`; the error is `None` from two directions.
+    """
+    n, s = len(VR), VR.shape[-1]
+    known = CW.reshape(n, -1) @ np.swapaxes(CW, 1, 2).reshape(n, -1).T
+    if not s:
+        return known, np.zeros((n, n))
+    WR, CWV, VR = (np.moveaxis(x, 2, 0) for x in (WR, CWV, VR))  # (s, n, …)
+    cross = _symmetric(2 * WR @ np.swapaxes(CWV, 1, 2))
+    # Sums over j ≠ i of VR[a, i, j] VR[b, j, i].
+    own = np.einsum("jaj->ja", VR)
+    paired = _symmetric(np.swapaxes(VR, 0, 2) @ np.swapaxes(VR, 1, 2))
+    paired -= own[:, :, None] * own[:, None]
+    kernel = paired + ((s - 2) * cross + cross.sum(0)) / 2
+    rows = mean_of(RR)
+    inner = np.maximum(paired.sum(0) / (s * (s - 1)), 0)
+    mean, error = paired_mean(kernel, np.sqrt(np.outer(rows, rows) + inner**2))
+    return known + mean, error
+
+
+def _symmetric(x):
+    return (x + np.swapaxes(x, 1, 2)) / 2
 
 
 def _spectral_norm(forms):

@@ -6,7 +6,7 @@ from keras_curvature.backend import compiled
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.products import Products
 from keras_curvature.estimators.sampling import moments_of, sample
-from keras_curvature.estimators.trace import sum_over_basis
+from keras_curvature.estimators.shares import sum_over_basis
 
 
 def hutchinson_diagonal(

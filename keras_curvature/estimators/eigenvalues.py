@@ -1,20 +1,21 @@
-"""Eigenvalues to a requested accuracy, by Lanczos iteration from SciPy."""
+"""Eigenvalues to a requested accuracy, by Lanczos iteration."""
 
 import dataclasses
+import itertools
 import warnings
 
 import numpy as np
 import scipy.linalg
 from keras import ops
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
 from keras_curvature.backend import array
+from keras_curvature.estimators.lanczos import Lanczos
 from keras_curvature.estimators.products import GROUP, Products, seed_key, to_host
 
 #: Keeps these draws apart from those of the other estimators.
 _PURPOSE = 2
 
-_WHICH = {"magnitude": "LM", "algebraic": "LA", "both": "BE"}
+_WHICH = ("magnitude", "algebraic", "both")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,9 +60,12 @@ def eigenvalues(
 ) -> Eigenvalues:
     """The k largest eigenvalues, each to a relative accuracy.
 
-    Implicitly restarted Lanczos (Lehoucq, Sorensen, Yang 1998, "ARPACK users'
-    guide") in float64 on products in the operator's type. An operator of size at
-    most 64, or of less than 4 k, is formed by its products and solved densely.
+    Thick-restart Lanczos (Wu, Simon 2000) in float64 on products in the operator's
+    type. An operator of size at most 64, or of less than 4 k, is formed by its products
+    and solved densely.
+
+    Ctrl-C ends the iteration; the best pairs that are known by then are returned, with
+    the residuals that they have, unless there are none.
 
     Args:
         A: symmetric operator of shape `(P, P)` with products `A @ V`.
@@ -79,14 +83,13 @@ def eigenvalues(
             `None`, for nobody knows it.
 
     Returns:
-        An `Eigenvalues`. When the budget ends first, the pairs that have converged,
-        with a warning.
+        An `Eigenvalues`. When the budget ends before all have converged, the best pairs
+        that are known, with a warning; perhaps fewer than k. The residuals tell.
 
     Raises:
         ValueError: for an operator that is not square, an unknown `which`, a `k` or
             a tolerance that is not positive.
-        RuntimeError: if not a single eigenvalue converged within the budget, or if
-            the products are not finite.
+        RuntimeError: if the products are not finite.
     """
     products = Products(A)
     if which not in _WHICH:
@@ -102,25 +105,33 @@ def eigenvalues(
     k = min(int(k), products.size)
     count = _Counted(products, progress)
     with products.placed():
-        if products.size <= max(64, 4 * k - 1):
-            values, vectors = _dense(count, k, which)
-        else:
-            key = seed_key(seed, _PURPOSE)
-            start = to_host(products.normals(key, 0, 1))[:, 0]
-            values, vectors = _iterated(count, start, k, tolerance, which, max_matvecs)
-        order = np.argsort(-abs(values) if which == "magnitude" else -values)
-        values, vectors = values[order], vectors[:, order]
-        residuals = [
-            count(vectors[:, i : i + GROUP])
-            - vectors[:, i : i + GROUP] * values[i : i + GROUP]
-            for i in range(0, len(values), GROUP)
-        ]
+        find = _dense if products.size <= max(64, 4 * k - 1) else _iterated
+        values, vectors, residuals = find(
+            count,
+            lambda values, k=k: _chosen(values, k, which),
+            k,
+            tolerance,
+            seed,
+            10 * products.size if max_matvecs is None else max_matvecs,
+        )
+    order = np.argsort(-abs(values) if which == "magnitude" else -values)
     return Eigenvalues(
-        values,
-        np.linalg.norm(np.concatenate(residuals, axis=1), axis=0),
+        values[order],
+        residuals[order],
         count.spent,
-        vectors if eigenvectors else None,
+        vectors[:, order] if eigenvectors else None,
     )
+
+
+def _chosen(values, k, which):
+    """The indices of the k eigenvalues asked for, of increasing values."""
+    k = min(k, len(values))
+    if which == "magnitude":
+        return np.argsort(-abs(values), kind="stable")[:k]
+    if which == "algebraic":
+        return np.arange(len(values))[len(values) - k :]
+    # As ARPACK does: the odd one from the upper end.
+    return np.r_[0 : k // 2, len(values) - (k - k // 2) : len(values)]
 
 
 class _Counted:
@@ -133,7 +144,14 @@ class _Counted:
 
     def __call__(self, directions):
         columns = np.reshape(directions, (self.products.size, -1))
-        products = to_host(self.products(array(columns, self.products.dtype)))
+        dtype = self.products.dtype
+        products = np.concatenate(
+            [
+                to_host(self.products(array(columns[:, i : i + GROUP], dtype)))
+                for i in range(0, columns.shape[1], GROUP)
+            ],
+            axis=1,
+        )
         if not np.isfinite(products).all():
             raise RuntimeError(
                 "Products with the operator are not finite, so it has no "
@@ -147,7 +165,7 @@ class _Counted:
         return np.reshape(products, np.shape(directions))
 
 
-def _dense(count, k, which):
+def _dense(count, choose, *_):
     """From the whole matrix, formed by P products."""
     products = count.products
     matrix = np.concatenate(
@@ -160,55 +178,45 @@ def _dense(count, k, which):
         axis=1,
     )
     values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
-    if which == "magnitude":
-        chosen = np.argsort(-abs(values), kind="stable")[:k]
-    elif which == "algebraic":
-        chosen = np.arange(len(values))[-k:]
-    else:  # As ARPACK does: the odd one from the upper end.
-        chosen = np.r_[0 : k // 2, len(values) - (k - k // 2) : len(values)]
-    return values[chosen], vectors[:, chosen]
+    chosen = choose(values)
+    values, vectors = values[chosen], vectors[:, chosen]
+    return values, vectors, np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
 
 
-def _iterated(count, start, k, tolerance, which, max_matvecs):
-    """From SciPy's `eigsh`."""
-    size = count.products.size
-    if not count(start).any():
-        # A vector that no eigenvector is orthogonal to, so A is zero; ARPACK would
-        # complain about its start vector.
-        return np.zeros(k), np.eye(size, k)
-    dimension = min(size, max(2 * k + 1, 20))
-    restarts = None
-    if max_matvecs is not None:
-        restarts = max(1, (max_matvecs - dimension) // max(dimension - k, 1))
-    operator = LinearOperator(
-        (size, size), matvec=lambda v: count(np.ravel(v)), dtype=np.float64
+def _iterated(count, choose, k, tolerance, seed, max_matvecs):
+    """From Lanczos iteration, until all have converged or something ends it."""
+    products = count.products
+    key = seed_key(seed, _PURPOSE)
+    draws = itertools.count()
+    dimension = min(products.size - 1, max(2 * k + 1, 20))
+    lanczos = Lanczos(
+        count,
+        lambda: to_host(products.normals(key, next(draws), 1))[:, 0],
+        dimension,
+        np.finfo(products.dtype).eps,
     )
+    # Products are left for the residuals, which come at the end.
+    budget, converged = max(max_matvecs - k, 1), 0
     try:
-        return eigsh(
-            operator,
-            k,
-            which=_WHICH[which],
-            v0=start,
-            ncv=dimension,
-            maxiter=restarts,
-            tol=tolerance,
-        )
-    except ArpackNoConvergence as error:
-        found = len(error.eigenvalues)
-        if not found:
-            raise RuntimeError(
-                f"No eigenvalue converged within {count.spent} products. Allow more "
-                "of them, a larger tolerance, or ask for more eigenvalues of a "
-                f"cluster. Received: k={k}, tolerance={tolerance}, "
-                f"max_matvecs={max_matvecs}."
-            ) from error
+        while converged < k and count.spent < budget:
+            if lanczos.size == dimension:
+                lanczos.restart(lambda v: choose(v, k + (dimension - k) // 2))
+            while lanczos.size < dimension and count.spent < budget:
+                lanczos.extend()
+            values, inner, residuals, floor = lanczos.pairs(choose)
+            converged = np.sum(residuals <= np.maximum(tolerance * abs(values), floor))
+        vectors = lanczos.vectors(inner)
+        residuals = np.linalg.norm(count(vectors) - vectors * values, axis=0)
+    except KeyboardInterrupt:
+        if not lanczos.size:
+            raise
+        values, inner, residuals, _ = lanczos.pairs(choose)
+        return values, lanczos.vectors(inner), residuals
+    if converged < len(values):
         warnings.warn(
-            f"{found} of {k} eigenvalues converged within {count.spent} products; "
-            "these are returned. Allow more products or a larger tolerance.",
-            stacklevel=3,
+            f"{converged} of {k} eigenvalues converged within {count.spent} products; "
+            "the bounds of the others are larger than asked for. Allow more products "
+            "or a larger tolerance.",
+            stacklevel=4,
         )
-        return error.eigenvalues, error.eigenvectors
-    except ArpackError as error:
-        raise RuntimeError(
-            f"The Lanczos iteration failed after {count.spent} products: {error}."
-        ) from error
+    return values, vectors, residuals

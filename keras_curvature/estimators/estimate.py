@@ -19,12 +19,16 @@ class Estimate:
         num_matvecs: number of products with the operator that were spent.
         blocks: shares of consecutive groups of coordinates, as `Estimate`s in the
             order of `block_sizes`; empty when none were asked for.
+        pairs: for a norm with blocks, an `Estimate` of an array `(blocks, blocks)`:
+            the norm of each part of the matrix, rows of one block and columns of
+            another; the diagonal blocks' on its diagonal. `None` where unknown.
     """
 
     value: Any
     standard_error: Any
     num_matvecs: int
     blocks: tuple = ()
+    pairs: "Estimate | None" = None
 
     @property
     def relative_standard_error(self) -> float | None:

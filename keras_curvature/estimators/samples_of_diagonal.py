@@ -10,7 +10,7 @@ from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
 from keras_curvature.estimators.products import block_sums, check_blocks
 from keras_curvature.estimators.sampling import moments_of, sample
-from keras_curvature.estimators.trace import (
+from keras_curvature.estimators.shares import (
     exact_estimate,
     scalar_estimate,
     with_total,

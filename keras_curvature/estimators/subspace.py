@@ -75,6 +75,7 @@ class DominantSubspace:
         seed=0,
         block_sizes=None,
         diagonal: bool = False,
+        partial: bool = False,
     ) -> DeflatedMoments:
         """Looks at the operator with a given number of products.
 
@@ -99,6 +100,9 @@ class DominantSubspace:
                 draws, so that the same seed may serve all of them.
             block_sizes: sizes of consecutive groups of coordinates, adding up to P.
             diagonal: whether to estimate the diagonal too. Defaults to `False`.
+            partial: what Ctrl-C does. `True` ends the products, and returns what those
+                that are done tell, if that is anything with a standard error; else, and
+                by default, the interruption is raised and leaves Q as it was.
 
         Returns:
             A `DeflatedMoments`; blocks as for `hutchinson_moments`.
@@ -112,17 +116,23 @@ class DominantSubspace:
         blocks = check_blocks(block_sizes, products.size)
         with products.placed():
             key = seed_key(seed, _PURPOSE)
-            basis, draws, left = self._start(products, key, num_matvecs)
-            fresh = left - int(basis.shape[1])
-            signs = products.signs(key, draws, fresh)
-            figures, basis_products, fresh_products = deflated_moments(
-                products,
-                basis,
-                signs,
-                min(num_matvecs, products.size),
-                blocks,
-                diagonal,
-            )
+            basis, draws, sketch = self._start(products, key, num_matvecs)
+            spent = 0 if sketch is None else int(sketch[0].shape[1])
+            budget = min(num_matvecs, products.size)
+            signs = products.signs(key, draws, budget - spent - int(basis.shape[1]))
+            try:
+                figures, basis_products, fresh_products = deflated_moments(
+                    products, basis, signs, budget, blocks, diagonal, partial
+                )
+            except KeyboardInterrupt:
+                if not partial or spent < 2:
+                    raise
+                # What found Q is an average over random signs by itself.
+                signs, found = sketch
+                figures, basis_products, fresh_products = deflated_moments(
+                    lambda _: found, basis[:, :0], signs, spent, blocks, diagonal
+                )
+            fresh = int(fresh_products.shape[1])
             figures, spread = self._steadied(figures, fresh)
             following = _dominant(
                 basis_products,
@@ -159,20 +169,23 @@ class DominantSubspace:
         return min(size, self.k or max(1, num_matvecs - _fresh(num_matvecs)))
 
     def _start(self, products, key, num_matvecs):
-        """The Q to use now, the number of draws made, and the products left."""
+        """The Q to use now, the draws made, and the signs and products that found Q."""
         if num_matvecs >= products.size:
-            return products.basis(0, products.size), self._draws, products.size
+            return products.basis(0, products.size), self._draws, None
         known = self._basis
         if known is not None and int(known.shape[0]) == products.size:
             columns = min(int(known.shape[1]), num_matvecs - _fresh(num_matvecs))
-            return array(known[:, :columns], products.dtype), self._draws, num_matvecs
-        sketch = num_matvecs // 3 if num_matvecs > 3 else 0
-        if sketch:
-            found = products(products.signs(key, self._draws, sketch))
-            basis = _dominant(found[:, :0], found, min(sketch, self.k or sketch))
-        if not sketch or basis is None:
-            basis = products.basis(0, 1)[:, :0]
-        return basis, self._draws + sketch, num_matvecs - sketch
+            return array(known[:, :columns], products.dtype), self._draws, None
+        width = num_matvecs // 3 if num_matvecs > 3 else 0
+        nothing = products.basis(0, 1)[:, :0]
+        if not width:
+            return nothing, self._draws, None
+        signs = products.signs(key, self._draws, width)
+        found = products(signs)
+        basis = _dominant(nothing, found, min(width, self.k or width))
+        if basis is None:
+            basis = nothing
+        return basis, self._draws + width, (signs, found)
 
     def get_state(self) -> dict:
         """All that the next update depends on, as NumPy arrays and integers."""

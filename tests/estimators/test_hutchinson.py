@@ -7,8 +7,10 @@ import pytest
 from keras_curvature import estimators
 
 FIGURES = {
-    "trace": estimators.hutchinson_trace,
-    "squared norm": estimators.hutchinson_squared_frobenius_norm,
+    "trace": lambda *a, **b: estimators.hutchinson_moments(*a, **b).trace,
+    "squared norm": lambda *a, **b: (
+        estimators.hutchinson_moments(*a, **b).squared_frobenius_norm
+    ),
     "diagonal": estimators.hutchinson_diagonal,
 }
 
@@ -67,29 +69,31 @@ def test_errors_are_calibrated(figure):
     )
 
 
-@pytest.mark.parametrize("block_sizes", [None, (10, 0, 5, 45)])
-def test_one_pass_equals_the_separate_figures(block_sizes):
+def test_the_diagonal_with_the_others_equals_the_diagonal_alone():
     dense = matrices.named("network")
-    moments = estimators.hutchinson_moments(
-        dense, 11, seed=3, block_sizes=block_sizes, diagonal=True
-    )
-    trace = estimators.hutchinson_trace(dense, 11, seed=3, block_sizes=block_sizes)
-    squared = estimators.hutchinson_squared_frobenius_norm(
-        dense, 11, seed=3, block_sizes=block_sizes
-    )
-    diagonal = estimators.hutchinson_diagonal(dense, 11, seed=3)
+    moments = estimators.hutchinson_moments(dense, 11, seed=3, diagonal=True)
+    alone = estimators.hutchinson_diagonal(dense, 11, seed=3)
     assert moments.num_matvecs == 11
-    for one, other in (
-        (moments.trace, trace),
-        (moments.squared_frobenius_norm, squared),
-        (moments.diagonal, diagonal),
+    for one, other in zip(
+        (moments.diagonal.value, moments.diagonal.standard_error),
+        (alone.value, alone.standard_error),
+        strict=True,
     ):
-        np.testing.assert_allclose(one.value, other.value, rtol=1e-12)
-        np.testing.assert_allclose(one.standard_error, other.standard_error, rtol=1e-12)
-        assert len(one.blocks) == len(other.blocks)
+        np.testing.assert_allclose(one, other, rtol=1e-12)
     np.testing.assert_allclose(
         moments.frobenius_norm.value**2, moments.squared_frobenius_norm.value
     )
+
+
+def test_only_what_is_judged_must_be_precise():
+    """A trace of zero never is; the norm is after a while."""
+    dense = matrices.matrix(np.r_[np.arange(1.0, 31), -np.arange(1.0, 31)])
+    judged = estimators.hutchinson_moments(
+        dense, 400, tolerance=0.1, judged=("squared norm",)
+    )
+    assert judged.num_matvecs < 200
+    assert judged.squared_frobenius_norm.relative_standard_error <= 0.1
+    assert estimators.hutchinson_moments(dense, 400, tolerance=0.1).num_matvecs == 400
 
 
 def test_the_figures_follow_from_the_directions():
@@ -115,7 +119,7 @@ def test_directions_are_fair_signs_and_fresh_each_time():
     """Not frozen when traced, not always −1, not correlated (peers had all three)."""
     operator = matrices.Recorded(np.eye(64))
     for seed in range(4):
-        estimators.hutchinson_trace(operator, 50, seed=seed)
+        estimators.hutchinson_moments(operator, 50, seed=seed)
     v = operator.columns
     assert set(np.unique(v)) == {-1.0, 1.0}
     # Sums of n fair signs have a standard deviation of sqrt(n).
@@ -128,7 +132,7 @@ def test_directions_are_fair_signs_and_fresh_each_time():
 def test_draws_depend_on_seed_and_number_only():
     def draws(num_matvecs, seed):
         operator = matrices.Recorded(np.eye(10))
-        estimators.hutchinson_trace(operator, num_matvecs, seed=seed)
+        estimators.hutchinson_moments(operator, num_matvecs, seed=seed)
         return operator.columns
 
     np.testing.assert_array_equal(draws(7, 5), draws(12, 5)[:, :7])
@@ -156,13 +160,7 @@ def test_exact_figures(name, dtype):
     moments = estimators.exact_moments(dense, sizes)
     for estimate, figure, shares in (
         (moments.trace, "trace", np.diag(wide)),
-        (estimators.exact_trace(dense, sizes), "trace", np.diag(wide)),
         (moments.squared_frobenius_norm, "squared norm", rows),
-        (
-            estimators.exact_squared_frobenius_norm(dense, sizes),
-            "squared norm",
-            rows,
-        ),
     ):
         bound = rounding(figure, dense)
         assert estimate.standard_error == 0 and estimate.num_matvecs == 21
@@ -173,6 +171,14 @@ def test_exact_figures(name, dtype):
             rtol=0,
             atol=bound,
         )
+    pairs = moments.squared_frobenius_norm.pairs
+    np.testing.assert_allclose(
+        pairs.value,
+        matrices.squared_norms_of_pairs(wide, sizes),
+        rtol=0,
+        atol=rounding("squared norm", dense),
+    )
+    assert not pairs.standard_error.any() and pairs.num_matvecs == 21
     for estimate in (moments.diagonal, estimators.exact_diagonal(dense)):
         np.testing.assert_allclose(
             estimate.value, np.diag(wide), rtol=0, atol=rounding("diagonal", dense)
@@ -202,7 +208,7 @@ def test_the_delta_method():
     dense = matrices.named("indefinite", 30)
     norms = [
         estimators.frobenius_norm_of_squared(
-            estimators.hutchinson_squared_frobenius_norm(dense, 24, seed=seed)
+            FIGURES["squared norm"](dense, 24, seed=seed)
         )
         for seed in range(80)
     ]
@@ -215,3 +221,12 @@ def test_the_delta_method():
     assert (root.value, root.standard_error) == (0.0, 2.0)
     root = estimators.frobenius_norm_of_squared(estimators.Estimate(9.0, None, 1))
     assert (root.value, root.standard_error) == (3.0, None)
+    # Entry by entry, where one may be below zero, and nothing turns into NaN.
+    pairs = estimators.Estimate(
+        np.array([[9.0, -1.0], [0.0, 4.0]]), np.array([[3.0, 4.0], [0.0, 0.0]]), 3
+    )
+    root = estimators.frobenius_norm_of_squared(
+        estimators.Estimate(12.0, 1.0, 3, pairs=pairs)
+    ).pairs
+    np.testing.assert_array_equal(root.value, [[3, 0], [0, 2]])
+    np.testing.assert_array_equal(root.standard_error, [[0.5, 2], [0, 0]])

@@ -12,20 +12,26 @@ from keras_curvature.estimators import diagonal, sampling
 from keras_curvature.estimators.products import GROUP, _draw
 
 
+def trace(dense, *arguments, **more):
+    return estimators.hutchinson_moments(
+        dense, *arguments, judged=("trace",), **more
+    ).trace
+
+
 def test_stops_at_the_tolerance():
     dense = matrices.named("indefinite", 30) + 5 * np.eye(30)
-    estimate = estimators.hutchinson_trace(dense, 1000, tolerance=0.01)
+    estimate = trace(dense, 1000, tolerance=0.01)
     assert estimate.relative_standard_error <= 0.01
     assert sampling.MINIMUM_SAMPLES < estimate.num_matvecs < 1000
-    before = estimators.hutchinson_trace(dense, estimate.num_matvecs - GROUP)
+    before = trace(dense, estimate.num_matvecs - GROUP)
     assert before.relative_standard_error > 0.01
 
 
 def test_stops_at_the_budget():
     dense = matrices.named("indefinite")
-    estimate = estimators.hutchinson_trace(dense, 10, tolerance=1e-9)
+    estimate = trace(dense, 10, tolerance=1e-9)
     assert estimate.num_matvecs == 10
-    assert estimators.hutchinson_trace(dense).num_matvecs == sampling.DEFAULT_MATVECS
+    assert trace(dense).num_matvecs == sampling.DEFAULT_MATVECS
 
 
 def test_the_tolerance_is_judged_by_the_whole_diagonal():
@@ -42,7 +48,7 @@ def test_does_not_stop_by_luck():
     """
     dense = np.array([[1.0, 0.9], [0.9, 1.0]])
     for seed in range(16):
-        estimate = estimators.hutchinson_trace(dense, 64, tolerance=0.05, seed=seed)
+        estimate = trace(dense, 64, tolerance=0.05, seed=seed)
         assert estimate.num_matvecs >= sampling.MINIMUM_SAMPLES
         assert estimate.standard_error > 0
 
@@ -51,7 +57,7 @@ def test_errors_at_a_random_stop_are_calibrated():
     dense = matrices.named("indefinite", 30) + 2 * np.eye(30)
     inside = []
     for seed in range(100):
-        estimate = estimators.hutchinson_trace(dense, tolerance=0.1, seed=seed)
+        estimate = trace(dense, tolerance=0.1, seed=seed)
         error = abs(estimate.value - np.trace(dense))
         inside.append(error <= 2 * estimate.standard_error)
     # Stopping where the error looks small costs a little: 0.92 ± 0.027.
@@ -69,38 +75,25 @@ def test_moments_survive_a_mean_that_dwarfs_the_spread():
     np.testing.assert_allclose(estimate.standard_error, expected, rtol=6 * 0.07)
 
 
-class Interrupted(matrices.Recorded):
-    """Ctrl-C after a number of products."""
-
-    def __init__(self, dense, after):
-        super().__init__(dense)
-        self.after = after
-
-    def __matmul__(self, directions):
-        if sum(d.shape[1] for d in self.directions) >= self.after:
-            raise KeyboardInterrupt
-        return super().__matmul__(directions)
-
-
 def test_an_interruption_returns_what_is_known():
     dense = matrices.named("network")
-    estimate = estimators.hutchinson_trace(Interrupted(dense, 8), 100)
-    expected = estimators.hutchinson_trace(dense, 8)
+    estimate = trace(matrices.Interrupted(dense, 8), 100)
+    expected = trace(dense, 8)
     assert estimate.num_matvecs == 8
     np.testing.assert_allclose(estimate.value, expected.value, rtol=1e-12)
     np.testing.assert_allclose(
         estimate.standard_error, expected.standard_error, rtol=1e-12
     )
     with pytest.raises(KeyboardInterrupt):
-        estimators.hutchinson_trace(Interrupted(dense, 0), 100)
+        trace(matrices.Interrupted(dense, 0), 100)
     with pytest.raises(KeyboardInterrupt):
-        estimators.exact_trace(Interrupted(dense, 8))
+        estimators.exact_moments(matrices.Interrupted(dense, 8))
 
 
 def test_progress():
     calls = []
     dense = matrices.named("network", 10)
-    estimators.hutchinson_trace(dense, 10, progress=lambda *x: calls.append(x))
+    trace(dense, 10, progress=lambda *x: calls.append(x))
     assert calls == [(4, 10), (8, 10), (10, 10)]
     calls.clear()
     estimators.exact_moments(dense, progress=lambda *x: calls.append(x))
@@ -117,7 +110,7 @@ def test_global_random_state_is_left_alone():
     tf.random.set_seed(1)
     before, expected = state(), tf.random.uniform((3,)).numpy()
     tf.random.set_seed(1)
-    results = [estimators.hutchinson_trace(dense, 6).value]
+    results = [trace(dense, 6).value]
     estimators.DominantSubspace().update(dense, 12)
     estimators.eigenvalues(matrices.named("network", 80), 2)
     estimators.spectral_density(dense, 5, 2)
@@ -127,7 +120,7 @@ def test_global_random_state_is_left_alone():
     random.seed(2)
     np.random.seed(2)
     tf.random.set_seed(2)
-    results.append(estimators.hutchinson_trace(dense, 6).value)
+    results.append(trace(dense, 6).value)
     assert results[0] == results[1]
 
 
@@ -163,4 +156,4 @@ def test_nothing_is_traced_again():
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        estimators.hutchinson_trace(np.eye(10), **arguments)
+        trace(np.eye(10), **arguments)

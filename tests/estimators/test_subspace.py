@@ -47,6 +47,11 @@ def test_prescribed_spectra(name, dtype):
             for block, end, size in zip(estimate.blocks, ends, sizes, strict=True):
                 error = abs(block.value - shares[end - size : end].sum())
                 assert error <= 5 * block.standard_error + rounding * unit
+        pairs = figures.squared_frobenius_norm.pairs
+        errors = np.abs(pairs.value - matrices.squared_norms_of_pairs(wide, sizes))
+        np.testing.assert_allclose(pairs.value, pairs.value.T, rtol=1e-9)
+        # A single giant eigenvalue is seen by four directions only, at first.
+        assert np.all(errors <= 10 * pairs.standard_error + rounding * 60 * scale)
         errors = np.abs(np.asarray(figures.diagonal.value) - np.diag(wide))
         bound = 3 * np.asarray(figures.diagonal.standard_error) + rounding
         assert np.mean(errors <= bound) > 0.9
@@ -114,6 +119,62 @@ def test_unbiased_for_any_orthonormal_basis(name):
         assert abs(block.value - rows[part].sum()) <= 6 * block.standard_error
 
 
+@pytest.mark.parametrize("k", [0, 4, 12])
+@pytest.mark.parametrize("name", ["network", "indefinite", "rank_deficient"])
+def test_norms_of_pairs_of_blocks(name, k):
+    """Unbiased for any Q, and two errors cover the truth, from four directions each."""
+    sizes = (6, 9, 15)
+    dense = matrices.named(name, 30)
+    exact = matrices.squared_norms_of_pairs(dense, sizes)
+    rng = np.random.default_rng(7)
+    basis = np.linalg.qr(rng.standard_normal((30, k)))[0]
+    if k:  # Half way to the dominant subspace.
+        basis = np.linalg.qr(dense @ basis)[0]
+    values, errors = [], []
+    for _ in range(400):
+        signs = rng.choice([-1.0, 1.0], size=(30, 4))
+        figures, *_ = deflation.deflated_moments(
+            Products(dense), tf.constant(basis), tf.constant(signs), 4 + k, sizes
+        )
+        pairs = figures.squared_frobenius_norm.pairs
+        values.append(pairs.value)
+        errors.append(pairs.standard_error)
+    values, errors = np.array(values), np.array(errors)
+    rounding = 1e-9 * exact.max()
+    bias = np.abs(values.mean(0) - exact)
+    assert np.all(bias <= 4 * values.std(0) / np.sqrt(400) + rounding)
+    # 0.95 with a standard deviation of 0.01 for a single pair.
+    covered = np.mean(np.abs(values - exact) <= 2 * errors + rounding, axis=0)
+    assert covered.min() > 0.9, covered
+    # And not by being boundless: on average at most 5 times the true deviation.
+    assert np.all(errors.mean(0) <= 5 * values.std(0) + rounding)
+
+
+def test_norms_of_pairs_of_blocks_exactly():
+    """Where Q spans all, and where it holds all that is not zero."""
+    sizes = (6, 9, 15)
+    dense = matrices.named("indefinite", 30)
+    figures = estimators.DominantSubspace().update(dense, 30, block_sizes=sizes)
+    pairs = figures.squared_frobenius_norm.pairs
+    exact = matrices.squared_norms_of_pairs(dense, sizes)
+    np.testing.assert_allclose(pairs.value, exact, rtol=1e-12)
+    assert not pairs.standard_error.any()
+    np.testing.assert_allclose(figures.frobenius_norm.pairs.value, np.sqrt(exact))
+    dense = matrices.named("rank_deficient", 30)
+    subspace = estimators.DominantSubspace()
+    for _ in range(2):
+        figures = subspace.update(dense, 12, block_sizes=sizes)
+    pairs = figures.squared_frobenius_norm.pairs
+    exact = matrices.squared_norms_of_pairs(dense, sizes)
+    np.testing.assert_allclose(pairs.value, exact, rtol=1e-10)
+    # Without blocks there are none, and a single direction makes no pair.
+    assert subspace.update(dense, 12).squared_frobenius_norm.pairs is None
+    one = estimators.DominantSubspace().update(dense, 1, block_sizes=sizes)
+    assert one.squared_frobenius_norm.pairs is None
+    two = estimators.DominantSubspace().update(dense, 2, block_sizes=sizes)
+    assert two.squared_frobenius_norm.pairs.standard_error is None
+
+
 def test_a_biased_basis_would_show():
     """A Q that knows the signs gives a wrong norm: draws must be fresh."""
     dense = matrices.named("indefinite", 30)
@@ -135,8 +196,8 @@ def test_warm_accuracy_on_a_network_like_spectrum():
     exact = np.linalg.norm(dense)
     plain, warm = [], []
     for seed in range(12):
-        squared = estimators.hutchinson_squared_frobenius_norm(dense, 12, seed=seed)
-        plain.append(np.sqrt(squared.value) / exact - 1)
+        norm = estimators.hutchinson_moments(dense, 12, seed=seed).frobenius_norm
+        plain.append(norm.value / exact - 1)
         subspace = estimators.DominantSubspace()
         looks = [subspace.update(dense, 12, seed=seed) for _ in range(4)]
         warm.append([f.frobenius_norm.value / exact - 1 for f in looks])
@@ -298,6 +359,53 @@ def test_an_interrupted_update_changes_nothing():
     with pytest.raises(KeyboardInterrupt):
         subspace.update(Broken(dense), 12)
     assert subspace.update(dense, 12).trace.value == other.update(dense, 12).trace.value
+
+
+def test_a_partial_update_returns_what_is_known():
+    """A warm Q and fewer fresh signs; or, from the first look, plain averages."""
+    dense = matrices.named("network")
+    exact = np.linalg.norm(dense)
+
+    def update(subspace, after, **arguments):
+        return subspace.update(
+            matrices.Interrupted(dense, after), 24, block_sizes=(20, 40), **arguments
+        )
+
+    for known, after, spent in (
+        (False, 8, 8),  # The sketch is done, and nothing else.
+        (False, 12, 8),
+        (False, 20, 20),  # 8 for the sketch, 8 for Q, 4 of 8 fresh ones.
+        (True, 20, 20),  # 16 for Q, 4 of 8 fresh ones.
+        (True, 24, 24),
+    ):
+        subspace = estimators.DominantSubspace()
+        if known:
+            subspace.update(dense, 24)
+            before = subspace.basis.numpy()
+        figures = update(subspace, after, partial=True)
+        assert figures.num_matvecs == figures.trace.num_matvecs == spent
+        norm = figures.frobenius_norm
+        assert 0 < norm.standard_error < exact
+        assert abs(norm.value - exact) <= 4 * norm.standard_error
+        assert len(norm.blocks) == 2 and norm.pairs.value.shape == (2, 2)
+        if known:  # Otherwise as with fewer signs from the start.
+            assert norm.standard_error < 0.02 * exact
+            # And the next one goes on.
+            assert abs(subspace.basis.numpy() - before).max() > 0
+        assert np.isfinite(subspace.update(dense, 24).trace.standard_error)
+    for known, after, partial in (
+        (False, 0, True),
+        (True, 0, True),
+        (True, 16, True),  # No fresh direction is done.
+        (False, 8, False),
+    ):
+        subspace = estimators.DominantSubspace()
+        if known:
+            subspace.update(dense, 24)
+        state = subspace.get_state()
+        with pytest.raises(KeyboardInterrupt):
+            update(subspace, after, partial=partial)
+        assert subspace.get_state()["draws"] == state["draws"]
 
 
 def test_state_continues_bit_for_bit():
