@@ -31,6 +31,15 @@ def run(names=tuple(networks.BUILDERS)):
             ("layerwise, per layer", 1): lambda seed, op=op: _layerwise(
                 op, 1, seed, "layer"
             ),
+            ("controlled, joint", 1): lambda seed, op=op: _layerwise(
+                op, 1, seed, control_variate=True
+            ),
+            ("controlled, joint", 8): lambda seed, op=op: _layerwise(
+                op, 8, seed, control_variate=True
+            ),
+            ("controlled, per layer", 8): lambda seed, op=op: _layerwise(
+                op, 8, seed, "layer", True
+            ),
             ("Hutchinson", 1): lambda seed, op=op: _hutchinson(op, 1, seed),
             ("Hutchinson", 64): lambda seed, op=op: _hutchinson(op, 64, seed),
             ("XDiag", 64): lambda seed, op=op: xdiag(op, 64, seed),

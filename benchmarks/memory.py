@@ -9,7 +9,14 @@ import resource
 import subprocess
 import sys
 
-TASKS = ("nothing", "gradient", "matvec", "layerwise sample", "gauss_newton")
+TASKS = (
+    "nothing",
+    "gradient",
+    "matvec",
+    "layerwise sample",
+    "gauss_newton",
+    "4 samples, controlled",
+)
 
 
 def run():
@@ -40,6 +47,7 @@ def _work(task):
     from keras import layers
 
     import keras_curvature as kc
+    from keras_curvature.operators import LayerwiseDiagonal
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -62,9 +70,9 @@ def _work(task):
     elif task == "matvec":
         _ = op @ np.ones(op.shape[0], "float32")
     elif task == "layerwise sample":
-        from keras_curvature.operators import LayerwiseDiagonal
-
         LayerwiseDiagonal(op.layer_outputs).diagonal_samples(0, 0, 1)
+    elif task == "4 samples, controlled":
+        LayerwiseDiagonal(op.layer_outputs, "joint", True).diagonal_samples(0, 0, 4)
     elif task == "gauss_newton":
         kc.hessian_diagonal(op, method="gauss_newton", verbose=False)
     # On Linux in KiB.
