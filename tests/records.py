@@ -49,6 +49,7 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
         "hessian_max_eigenvalue": sharpness * (1 + 0.02 * rng.normal()),
         "hessian_max_eigenvalue_error": 0.02 * sharpness,
         "hessian_preconditioned_max_eigenvalue": 30 * sharpness,
+        "hessian_preconditioned_max_eigenvalue_error": sharpness,
         "stability_threshold": 38 / learning_rate,
         "seconds": 0.4,
         "overhead": 0.04,

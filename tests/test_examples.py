@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ EXAMPLES = {
     "laplace.py": ("--picture", "picture.png"),
     "quantisation.py": ("--picture", "picture.png"),
     "custom_train_step.py": ("--picture", "picture.png"),
+    "transformer_on_text.py": ("--picture", "picture.png"),
 }
 # What each prints about what it found.
 FINDINGS = {
@@ -30,16 +32,31 @@ FINDINGS = {
     "laplace.py": r"\n  Laplace +9\d\.\d% +[67]\d",
     "quantisation.py": r"correlation of logarithms: 0\.9",
     "custom_train_step.py": r"\n  decoder/pixels +\d",
+    "transformer_on_text.py": r" 240 +\d\.\d+ +\d+\.\d +\d+%\n\n(.*\n)+  norm3 +96 ",
     "edge_of_stability.py": r"λ₀ = [23]\.\d+: stable",
 }
 
 
-def run(name, directory):
+@pytest.fixture
+def text_at_hand(tmp_path):
+    """Puts a text where Keras looks before it asks the network for Shakespeare's."""
+    cache = tmp_path / "keras" / "datasets"
+    cache.mkdir(parents=True)
+    shutil.copy(ROOT / "LICENSE", cache / "shakespeare.txt")
+    return {"KERAS_HOME": str(cache.parent)}
+
+
+def run(name, directory, environment=None):
     """The output of an example, short enough for a test."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            **(environment or {}),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -92,10 +109,10 @@ def test_demo_draws_a_picture(demo):
 
 
 @pytest.mark.parametrize("name", FINDINGS)
-def test_example_finds_what_it_says_and_draws_it(name, tmp_path):
+def test_example_finds_what_it_says_and_draws_it(name, tmp_path, text_at_hand):
     from matplotlib import image
 
-    output, errors = run(name, tmp_path)
+    output, errors = run(name, tmp_path, text_at_hand)
     assert "Warning" not in errors
     assert re.search(FINDINGS[name], output), output
     assert "nan" not in output

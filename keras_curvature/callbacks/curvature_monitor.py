@@ -1,39 +1,21 @@
 """`CurvatureMonitor`: probes the curvature while `fit` runs."""
 
-import inspect
 import os
 import sys
 import time
 
 import keras
-import numpy as np
 
 from keras_curvature import backend
 from keras_curvature import record as records
-from keras_curvature.analysis import diagonal_moments
+from keras_curvature.callbacks.arguments import check_arguments, unpacked
 from keras_curvature.callbacks.failures import Failures, about_data, reason
-from keras_curvature.callbacks.hand_over import (
-    hand_over,
-    learning_rate,
-    optimizer_figures,
-    step,
-)
+from keras_curvature.callbacks.hand_over import learning_rate, optimizer_figures, step
+from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
-from keras_curvature.callbacks.sharpness import Sharpness
 from keras_curvature.data import endless_batches
-from keras_curvature.estimators import DominantSubspace
 from keras_curvature.operators import HessianOperator
-from keras_curvature.tensorboard import signed_log
 from keras_curvature.tensorboard.writer import CurvatureWriter
-
-_DIAGONALS = ("auto", "layerwise", "hutchinson", "exact", "gauss_newton", None)
-
-#: Further arguments of `HessianOperator` that the monitor passes on.
-_OPTIONS = [
-    p.name
-    for p in inspect.signature(HessianOperator).parameters.values()
-    if p.kind == p.KEYWORD_ONLY
-]
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
@@ -71,6 +53,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     | `overhead` | share of the time that probes have taken so far, compilation apart |
     | `variables`, `layers` | lists of dictionaries: statistics of the diagonal, traces and shares of the squared norm |
     | `optimizer` | what the optimizer tells about its steps |
+    | `spectral_density` | if asked for: lists `grid`, `density`, `standard_error`; `sigma`, `size` |
 
     Trace, norm and eigenvalue come from the same products, which are split between
     the dominant subspace kept from the last probe and fresh random signs (see
@@ -97,6 +80,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
             the optimizer sees, `D^{-1/2} H D^{-1/2}`, where its diagonal
             preconditioner D is known (Adam, AdamW, RMSprop, DiagonalNewton).
             Takes 4 products.
+        spectral_density: whether the density of all eigenvalues is estimated at every
+            probe, or at every n-th for a number n; TensorBoard shows it as an image.
+            Takes 64 products (32 Lanczos steps from each of 2 random vectors) and
+            the memory of 64 times the parameters. Defaults to `False`.
         max_overhead: share of the wall-clock time that probes may take, such as
             0.05. Then `update_freq` is the least number of batches between probes;
             they are spaced, and get fewer products, as the clock demands. The time
@@ -126,6 +113,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         diagonal: str | None = "auto",
         diagonal_samples: int = 4,
         preconditioned: bool = True,
+        spectral_density: bool | int = False,
         max_overhead: float | None = None,
         fresh_batches: bool = False,
         histograms: bool = True,
@@ -135,94 +123,65 @@ class CurvatureMonitor(keras.callbacks.Callback):
         **options,
     ):
         super().__init__()
-        _check(
-            update_freq == "epoch" or _is_count(update_freq, 1),
-            'must be a positive number of batches, or "epoch"',
+        check_arguments(
             update_freq=update_freq,
-        )
-        _check(
-            _is_count(num_matvecs, 0),
-            "must be a number of products, or 0 for no norm and no eigenvalue",
-            num_matvecs=num_matvecs,
-        )
-        _check(
-            _is_count(diagonal_samples, 1),
-            "must be a positive number of samples",
-            diagonal_samples=diagonal_samples,
-        )
-        _check(
-            diagonal in _DIAGONALS,
-            f"must be one of {', '.join(map(repr, _DIAGONALS))}",
-            diagonal=diagonal,
-        )
-        _check(
-            num_matvecs or diagonal is not None,
-            "leaves nothing to measure together with num_matvecs=0",
-            diagonal=diagonal,
-        )
-        _check(
-            max_overhead is None or 0 < max_overhead < 1,
-            "must be a share of the time between 0 and 1, such as 0.05",
-            max_overhead=max_overhead,
-        )
-        _check(
-            on_error in ("warn", "raise"),
-            'must be "warn" or "raise"',
-            on_error=on_error,
-        )
-        _check(_is_count(seed, 0), "must be a non-negative integer", seed=seed)
-        _check(
-            log_dir is None or isinstance(log_dir, (str, os.PathLike)),
-            "must be a path, or None",
             log_dir=log_dir,
+            seed=seed,
+            num_matvecs=num_matvecs,
+            diagonal=diagonal,
+            diagonal_samples=diagonal_samples,
+            spectral_density=spectral_density,
+            max_overhead=max_overhead,
+            on_error=on_error,
+            options=options,
         )
-        for name in options:
-            _check(
-                name in _OPTIONS,
-                f"is no argument of CurvatureMonitor. Further ones are "
-                f"{', '.join(_OPTIONS)}; weights of samples belong in `probe_data`",
-                **{name: options[name]},
-            )
         self.update_freq = update_freq
         self.log_dir = log_dir
         self.seed = int(seed)
         self.history: list = []
         self.verbose = verbose
-        self._probe_data = _unpacked(probe_data)
-        self._per_variable = per_variable
+        self._probe_data = unpacked(probe_data)
         self._num_matvecs = num_matvecs
-        self._sharpness = Sharpness(seed) if preconditioned and num_matvecs else None
-        self._pace = None
-        if max_overhead is not None:
-            least = 1 if update_freq == "epoch" else update_freq
-            self._pace = Pace(max_overhead, least, num_matvecs)
-        self._clock = _Clock()
-        self._diagonal = diagonal
-        self._diagonal_samples = diagonal_samples
+        self._measurement = Measurement(
+            self.seed,
+            num_matvecs,
+            diagonal,
+            diagonal_samples,
+            preconditioned,
+            spectral_density,
+            histograms,
+            per_variable,
+        )
+        least = 1 if update_freq == "epoch" else update_freq
+        self._pace = Pace(max_overhead, least, num_matvecs)
         self._batches = None
         if fresh_batches:
             self._batches = endless_batches(*self._probe_data)
-        self._edges = signed_log.bin_edges() if histograms else None
         self._failures = Failures(on_error)
         self._options = options
         self._writer = CurvatureWriter(log_dir, per_variable) if log_dir else None
-        self._subspace = DominantSubspace()
         self._operator = None
         self._operator_of = None
-        self._method = diagonal
         self._starting = False
         self._used = True
-        self._probes = 0
         self._batches_before_epoch = 0
         self._batches_seen = 0
         self._epoch = 0
+
+    def __repr__(self):
+        written = f", log_dir={os.fspath(self.log_dir)!r}" if self.log_dir else ""
+        last = f", last {records.one_line(self.history[-1])}" if self.history else ""
+        return (
+            f"<CurvatureMonitor: update_freq={self.update_freq!r}{written}, "
+            f"{len(self.history)} probes{last}>"
+        )
 
     # When
 
     def on_train_begin(self, logs=None):
         """Checks the probe data, and makes the operator and the optimizer ready."""
         self._starting = self._prepare() or not self.history
-        self._clock.start()
+        self._pace.start()
         if not self._starting:
             # A further `fit` that goes on where the last probe was.
             self._starting = self.history[-1]["step"] != self._step()
@@ -245,9 +204,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self._batches_seen,
             self._batches_before_epoch + done,
         )
-        trained = self._clock.trained()
-        if self._pace is not None:
-            self._pace.trained(trained, self._batches_seen - seen)
+        self._pace.trained(self._batches_seen - seen)
         if self.update_freq != "epoch":
             if seen // self.update_freq != self._batches_seen // self.update_freq:
                 self._probe()
@@ -306,7 +263,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             if self._operator is None:
                 with self._failures.survived(lambda: "Looking at the model"):
                     raise
-        self._method = self._diagonal
+        self._measurement.renew()
         # Building may have created the variables.
         self._operator_of = (*of[:2], *model.trainable_variables)
         if model.optimizer is not None and not model.optimizer.built:
@@ -323,16 +280,13 @@ class CurvatureMonitor(keras.callbacks.Callback):
             raise
 
     def _probe(self):
-        if self._operator is None or (self._pace is not None and not self._pace.due()):
+        if self._operator is None or not self._pace.due():
             return
         traces = backend.num_traces()
         try:
             self._attempt()
         finally:
-            compiled = backend.num_traces() != traces
-            seconds = self._clock.probed(compiled)
-            if self._pace is not None:
-                self._pace.probed(seconds, compiled)
+            self._pace.probed(compiled=backend.num_traces() != traces)
 
     def _attempt(self):
         with self._failures.survived(
@@ -367,120 +321,19 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if self._batches is not None and self._used:
             operator.set_data(*self._next_batch())
         self._used = True
-        self._probes += 1
         record = {
             "step": self._step(),
             "epoch": self._epoch,
             "loss": float(operator.loss()),
             "learning_rate": learning_rate(self.model),
         }
-        num_matvecs, diagonal, subspace = 0, None, None
-        if self._diagonal is not None:
-            diagonal = self._estimate_diagonal()
-            num_matvecs += diagonal.num_matvecs
-            hand_over(self.model, operator, diagonal.diagonal.value)
-        if self._num_matvecs:
-            budget = self._num_matvecs if self._pace is None else self._pace.num_matvecs
-            subspace = self._subspace.update(
-                operator, budget, self.seed, operator.sizes
-            )
-            num_matvecs += subspace.num_matvecs
-        record.update(records.scalar_figures(diagonal, subspace))
-        if self._sharpness is not None:
-            figures, spent = self._sharpness.look(self.model, operator)
-            record.update(figures)
-            num_matvecs += spent
-        variables = records.variable_figures(operator, diagonal, subspace, self._edges)
-        record["variables"] = variables
-        record["layers"] = records.layer_figures(variables)
-        if not self._per_variable:
-            for variable in variables:
-                variable.pop("histogram", None)
-        record["optimizer"] = optimizer_figures(self.model)
-        record["num_matvecs"] = num_matvecs
-        record["seconds"] = time.perf_counter() - start
-        record["overhead"] = self._clock.overhead
-        return record
-
-    def _estimate_diagonal(self):
-        sampled = self._method in ("layerwise", "hutchinson")
-        moments = diagonal_moments(
-            self._operator,
-            self._method,
-            self._diagonal_samples if sampled else None,
-            seed=self._seed_of_probe(),
-            samples=self._diagonal_samples,
+        record.update(
+            self._measurement.take(self.model, operator, self._pace.num_matvecs)
         )
-        if self._method == "auto" and moments.trace.standard_error != 0:
-            # Found too dear once, which need not be found out again. What is cheap
-            # depends on the weights, and is looked at anew.
-            self._method = "layerwise"
-        return moments
-
-    def _seed_of_probe(self):
-        """A seed of its own for each probe, so that noise averages out over probes."""
-        sequence = np.random.SeedSequence([self.seed, self._probes])
-        return int(sequence.generate_state(1)[0] >> 1)
+        record["optimizer"] = optimizer_figures(self.model)
+        record["seconds"] = time.perf_counter() - start
+        record["overhead"] = self._pace.overhead
+        return record
 
     def _step(self):
         return step(self.model)
-
-
-class _Clock:
-    """Tells the time of training from that of probes."""
-
-    def __init__(self):
-        self._probes = 0.0
-        self._training = 0.0
-        self._mark = time.perf_counter()
-
-    def start(self):
-        """Training starts, or goes on."""
-        self._mark = time.perf_counter()
-
-    def trained(self):
-        """Seconds of training since the last call or probe."""
-        return self._lap("_training")
-
-    def probed(self, compiled):
-        """Seconds of a probe; not counted if it includes compilation."""
-        return self._lap(None if compiled else "_probes")
-
-    @property
-    def overhead(self):
-        """Share of the time that the probes so far have taken, compilation apart."""
-        total = self._probes + self._training
-        return self._probes / total if total else 0.0
-
-    def _lap(self, name):
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        if name is not None:
-            setattr(self, name, getattr(self, name) + seconds)
-        return seconds
-
-
-def _unpacked(data):
-    """`(x, y, sample_weight)` without trailing `None`s."""
-    if not isinstance(data, (tuple, list)):
-        return (data,)
-    _check(
-        1 <= len(data) <= 3,
-        "must be (x, y), (x, y, sample_weight), or a data set",
-        probe_data=f"a {type(data).__name__} of length {len(data)}",
-    )
-    return tuple(data)
-
-
-def _is_count(value, least):
-    return (
-        isinstance(value, (int, np.integer))
-        and not isinstance(value, bool)
-        and value >= least
-    )
-
-
-def _check(condition, demand, **argument):
-    if not condition:
-        (name, value), *_ = argument.items()
-        raise ValueError(f"`{name}` {demand}. Received: {name}={value!r}.")

@@ -1,38 +1,57 @@
 """How often to probe, so that curvature takes at most a given share of the time."""
 
+import time
+
 
 class Pace:
-    """Spaces probes by the clock.
+    """Times training and probes as they run, and spaces probes by the clock.
 
-    Training and probes are timed as they run. After a probe that took `p` seconds the
-    next is due when training has gone on for `p (1 − s) / s` seconds, `s` the share
-    that probes may take. The time that the first probe takes to compile is not
-    counted: it is paid once, however long training goes on.
+    After a probe that took `p` seconds the next is due when training has gone on for
+    `p (1 − s) / s` seconds, `s` the share that probes may take. The time that the
+    first probe takes to compile is not counted: it is paid once, however long training
+    goes on.
 
     When probes would come less often than every fourth multiple of `update_freq`, they
     get cheaper instead: the number of products is halved, down to `LEAST_MATVECS`, and
     doubled again when there is time.
 
     Args:
-        max_overhead: share of the wall-clock time that probes may take, in (0, 1).
+        max_overhead: share of the wall-clock time that probes may take, in (0, 1);
+            `None` for probes that are always due.
         update_freq: least number of batches between probes.
         num_matvecs: products per probe when there is time.
+        clock: function without arguments that tells the time in seconds.
     """
 
     #: Fewer products say little about the norm.
     LEAST_MATVECS = 6
 
-    def __init__(self, max_overhead, update_freq, num_matvecs):
-        self.max_overhead = max_overhead
+    def __init__(self, max_overhead, update_freq, num_matvecs, clock=time.perf_counter):
         self.num_matvecs = num_matvecs
+        self._share = max_overhead
         self._update_freq = update_freq
         self._most = num_matvecs
-        self._trained = 0.0
-        self._batches = 0
+        self._clock = clock
+        self._mark = clock()
+        # All seconds so far, and what went on since the last probe.
+        self._training, self._probes = 0.0, 0.0
+        self._trained, self._batches = 0.0, 0
         self._needed = 0.0
 
-    def trained(self, seconds, batches):
-        """Notes that training went on for some batches."""
+    @property
+    def overhead(self):
+        """Share of the time that the probes so far have taken, compilation apart."""
+        total = self._probes + self._training
+        return self._probes / total if total else 0.0
+
+    def start(self):
+        """Notes that training starts, or goes on."""
+        self._mark = self._clock()
+
+    def trained(self, batches):
+        """Notes that training went on for some batches since the last call."""
+        seconds = self._lap()
+        self._training += seconds
         self._trained += seconds
         self._batches += batches
 
@@ -40,19 +59,30 @@ class Pace:
         """Whether there is time for a probe."""
         return self._trained >= self._needed
 
-    def probed(self, seconds, compiled):
-        """Notes a probe, and whether its time includes compilation."""
+    def probed(self, compiled):
+        """Notes that a probe went on since the last call, or began and failed.
+
+        Args:
+            compiled: whether its time includes compilation.
+        """
+        seconds = self._lap()
         if compiled:
             # Its price is not known yet: the next probe tells, at the usual distance.
             self._needed = 0.0
         else:
-            share = self.max_overhead
-            self._needed = seconds * (1 - share) / share
-            self._choose_matvecs()
+            self._probes += seconds
+            if self._share is not None:
+                self._needed = seconds * (1 - self._share) / self._share
+                self._choose_matvecs()
         self._trained, self._batches = 0.0, 0
 
+    def _lap(self):
+        now = self._clock()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
     def _choose_matvecs(self):
-        if not self._batches:
+        if not self._batches or not self._trained:
             return
         batches = self._needed / (self._trained / self._batches)
         if batches > 4 * self._update_freq and self.num_matvecs > self.LEAST_MATVECS:

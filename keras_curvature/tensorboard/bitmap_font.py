@@ -26,6 +26,7 @@ _GLYPHS = {
     "t": "04043f4424", "u": "3c4040207c", "v": "1c2040201c", "w": "3c4030403c",
     "x": "4428102844", "y": "4c9090907c", "z": "4464544c44",
 }  # fmt: skip
+INK = np.array([60, 64, 67], "uint8")
 _UNKNOWN = "7f4141417f"
 
 
@@ -37,3 +38,11 @@ def text_mask(text: str) -> np.ndarray:
         rows = np.unpackbits(columns[None], axis=0, bitorder="little")
         mask[:, ADVANCE * i : ADVANCE * i + 5] = rows
     return mask
+
+
+def write(canvas: np.ndarray, text: str, y: int, x: int) -> None:
+    """Writes a line of text on an image `(height, width, 3)`, its corner at y, x."""
+    mask = text_mask(text)
+    x = max(x, 0)
+    room = canvas[y : y + mask.shape[0], x : x + mask.shape[1]]
+    room[mask[: room.shape[0], : room.shape[1]]] = INK

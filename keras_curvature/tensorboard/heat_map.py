@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_curvature.tensorboard.bitmap_font import ADVANCE, HEIGHT, text_mask
+from keras_curvature.tensorboard.bitmap_font import ADVANCE, HEIGHT, write
 
 MAX_COLUMNS = 320
 MAX_ROWS = 96
@@ -12,7 +12,6 @@ _ROW = 14
 _MIN_MAP_WIDTH = 280
 _LABEL_LETTERS = 24
 _PAPER = np.array([255, 255, 255], "uint8")
-_INK = np.array([60, 64, 67], "uint8")
 _MISSING = np.array([226, 226, 226], "uint8")
 # Nine colours of matplotlib's viridis: even steps in lightness, and told apart with any
 # colour vision.
@@ -94,19 +93,19 @@ class HeatMap:
         canvas[top : top + len(cells), left : left + cells.shape[1]] = cells
         for i, label in enumerate(labels):
             x = left - ADVANCE * (len(label) + 1) + ADVANCE // 2
-            _write(canvas, label, top + _ROW * i + 2, x)
+            write(canvas, label, top + _ROW * i + 2, x)
 
         y, right = top + len(cells) + 4, left + cells.shape[1]
-        _write(canvas, f"step {self._columns[0][0]}", y, left)
+        write(canvas, f"step {self._columns[0][0]}", y, left)
         if len(self._columns) > 1:
             last = str(self._columns[-1][0])
-            _write(canvas, last, y, right - ADVANCE * len(last))
+            write(canvas, last, y, right - ADVANCE * len(last))
         y += 2 * HEIGHT
         bar = np.linspace(low, high, min(240, cells.shape[1]))[None]
         canvas[y : y + 8, left : left + bar.shape[1]] = _colours(10**bar, low, high)
-        _write(canvas, f"1e{int(low)}", y + 11, left)
+        write(canvas, f"1e{int(low)}", y + 11, left)
         end = f"1e{int(high)}"
-        _write(canvas, end, y + 11, left + bar.shape[1] - ADVANCE * len(end))
+        write(canvas, end, y + 11, left + bar.shape[1] - ADVANCE * len(end))
         return canvas
 
 
@@ -136,10 +135,3 @@ def _short(name: str) -> str:
     if len(name) <= _LABEL_LETTERS:
         return name
     return ".." + name[-(_LABEL_LETTERS - 2) :]
-
-
-def _write(canvas: np.ndarray, text: str, y: int, x: int) -> None:
-    mask = text_mask(text)
-    x = max(x, 0)
-    room = canvas[y : y + mask.shape[0], x : x + mask.shape[1]]
-    room[mask[: room.shape[0], : room.shape[1]]] = _INK

@@ -21,17 +21,28 @@ _LAYER_TITLES = {
 
 def layout() -> layout_pb2.Layout:
     """Global figures with their error bands, stability, and the layers' shares."""
-    stability = _lines(
-        "Largest eigenvalue against 2 / learning rate",
-        re.escape(tags.MAX_EIGENVALUE.tag) + "$",
-        re.escape(tags.TWO_OVER_LEARNING_RATE) + "$",
-    )
+    # With a preconditioner, as Adam has one, the second chart is the one that tells.
+    stability = [
+        _lines(title, *(re.escape(tag) + "$" for tag in pair))
+        for title, *pair in (
+            (
+                "Largest eigenvalue against 2 / learning rate",
+                tags.MAX_EIGENVALUE.tag,
+                tags.TWO_OVER_LEARNING_RATE,
+            ),
+            (
+                "Preconditioned eigenvalue against the stability threshold",
+                tags.PRECONDITIONED.tag,
+                tags.STABILITY_THRESHOLD.tag,
+            ),
+        )
+    ]
     by_key = {figure.key: figure for figure in tags.LAYER_FIGURES}
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(
                 title="Curvature",
-                chart=[*(_margin(band) for band in tags.BANDS), stability],
+                chart=[*(_margin(band) for band in tags.BANDS), *stability],
             ),
             layout_pb2.Category(
                 title="Curvature by layer",

@@ -127,10 +127,12 @@ def record_values(
             tags.TWO_OVER_LEARNING_RATE_DESCRIPTION,
         )
     for band in tags.BANDS:
-        value, error = record.get(band.key), record.get(band.error_key)
-        if value is not None and error is not None:
-            yield scalar(band.lower, float(value) - band.factor * float(error))
-            yield scalar(band.upper, float(value) + band.factor * float(error))
+        value = record.get(band.key)
+        if value is not None:
+            # A margin chart shows no curve without a margin: one of no width, then.
+            margin = band.factor * float(record.get(band.error_key) or 0.0)
+            yield scalar(band.lower, float(value) - margin)
+            yield scalar(band.upper, float(value) + margin)
     for key, figure in (record.get("optimizer") or {}).items():
         if figure is not None:
             yield scalar(f"{tags.OPTIMIZER}/{key}", figure)

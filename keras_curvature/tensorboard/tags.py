@@ -13,8 +13,8 @@ say how certain the others are begin with a late letter.
 | `hessian/two_over_learning_rate` | `learning_rate` | where gradient descent turns unstable |
 | `hessian/preconditioned_max_eigenvalue` | `hessian_preconditioned_max_eigenvalue` | the same as the optimizer sees it |
 | `hessian/stability_threshold` | `stability_threshold` | curvature above which the optimizer is unstable |
-| `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error` | standard error; for the eigenvalue the bound its residual gives |
-| `uncertainty_band/<figure>_lower`, `_upper` | the same | value ∓ 2 standard errors; value ∓ bound for the eigenvalue |
+| `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error`, `hessian_preconditioned_max_eigenvalue_error` | standard error; for eigenvalues the bound that the residual gives |
+| `uncertainty_band/<figure>_lower`, `_upper` | the first three | value ∓ 2 standard errors; value ∓ bound for the eigenvalue; the value itself where no error is known |
 | `probe/loss`, `probe/learning_rate`, `probe/seconds`, `probe/num_matvecs`, `probe/overhead` | `loss`, `learning_rate`, `seconds`, `num_matvecs`, `overhead` | loss on the probe batch; what the probe cost |
 | `layer_diagonal_mean/<layer>` | `diagonal_mean` | mean of the diagonal |
 | `layer_diagonal_mean_abs/<layer>` | `diagonal_mean_abs` | mean of its absolute values |
@@ -26,6 +26,7 @@ say how certain the others are begin with a late letter.
 | `variable_<as above>/<path>`, `uncertainty_of_variable/<as above>/<path>` | the same, per variable | on request |
 | `diagonal/<layer>`, `diagonal_of_variable/<path>` | `histogram` | histogram of the diagonal, on a signed logarithmic axis |
 | `diagonal_heat_map` | `diagonal_mean_abs` | image, layers over steps |
+| `spectral_density` | `spectral_density` | image of the density of all eigenvalues, on request |
 | `optimizer/<key>` | `optimizer` | whatever the optimizer tells about itself |
 | `curvature_layers` | `layers` | names and sizes of the layers, in their order in the model |
 
@@ -154,6 +155,11 @@ HESSIAN_ERRORS = (
         "An eigenvalue of the Hessian is no farther from the estimate than this (norm "
         "of the residual).",
     ),
+    Figure(
+        "hessian_preconditioned_max_eigenvalue_error",
+        "uncertainty/preconditioned_max_eigenvalue",
+        "The same for the Hessian as the optimizer sees it.",
+    ),
 )
 BANDS = (
     Band("hessian_trace", "hessian_trace_standard_error", 2.0),
@@ -225,5 +231,6 @@ VARIABLE_FIGURES = _figures_by("variable")
 LAYER_HISTOGRAM = "diagonal"
 VARIABLE_HISTOGRAM = "diagonal_of_variable"
 HEAT_MAP = "diagonal_heat_map"
+SPECTRAL_DENSITY = "spectral_density"
 LAYER_TABLE = "curvature_layers"
 OPTIMIZER = "optimizer"

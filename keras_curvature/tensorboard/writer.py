@@ -10,11 +10,16 @@ import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from keras_curvature.tensorboard import signed_log, summaries, tags
+from keras_curvature.tensorboard.density_image import density_image
 from keras_curvature.tensorboard.heat_map import HeatMap
 
 _HEAT_MAP_DESCRIPTION = (
     "Mean absolute value of each layer's part of the Hessian's diagonal; one row a "
     "layer, one column a probe, on a logarithmic colour scale."
+)
+_DENSITY_DESCRIPTION = (
+    "Density of the eigenvalues of the Hessian, on a logarithmic scale: by stochastic "
+    "Lanczos quadrature, each eigenvalue a Gaussian of 1 % of the spectrum's width."
 )
 # A new image is due when the map has grown by this share: the event file grows with the
 # logarithm of the number of probes.
@@ -65,6 +70,10 @@ class CurvatureWriter:
         step = _step_of(record)
         values = list(summaries.record_values(record, self._per_variable))
         values += self._drawing(step, record)
+        density = record.get("spectral_density")
+        if density is not None:
+            pixels = density_image(density)
+            values.append(_image(tags.SPECTRAL_DENSITY, pixels, _DENSITY_DESCRIPTION))
         file = self._open()
         file.write_layers(_layers_of(record), step)
         file.write(values, step)
@@ -127,11 +136,7 @@ class CurvatureWriter:
             yield self._draw()
 
     def _draw(self) -> Summary.Value:
-        pixels = self._heat_map.render()
-        height, width, _ = pixels.shape
-        with tf.device("cpu:0"):
-            png = tf.io.encode_png(pixels).numpy()
-        return summaries.image(tags.HEAT_MAP, png, width, height, _HEAT_MAP_DESCRIPTION)
+        return _image(tags.HEAT_MAP, self._heat_map.render(), _HEAT_MAP_DESCRIPTION)
 
 
 class _EventFile:
@@ -192,6 +197,13 @@ class _EventFile:
         with self._writer.as_default(), tf.summary.record_if(True), tf.device("cpu:0"):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
         # Leaving `as_default` has flushed: a probe is on disk when the next one starts.
+
+
+def _image(tag: str, pixels: np.ndarray, description: str) -> Summary.Value:
+    height, width, _ = pixels.shape
+    with tf.device("cpu:0"):
+        png = tf.io.encode_png(pixels).numpy()
+    return summaries.image(tag, png, width, height, description)
 
 
 def _layers_of(record: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:

@@ -81,6 +81,35 @@ def test_per_variable_and_without_histograms(tmp_path):
     assert not any(t.startswith(("diagonal/", "variable_")) for t in found)
 
 
+def test_spectral_density_is_recorded_and_drawn(tmp_path):
+    monitor = watch(tmp_path, spectral_density=2)
+    fit(network(), monitor)
+    plain, dense = [
+        [r for r in monitor.history if ("spectral_density" in r) is with_it]
+        for with_it in (False, True)
+    ]
+    assert [r["step"] for r in dense] == [0, 10]
+    density = dense[0]["spectral_density"]
+    # A density integrates to one, and its mean is the mean eigenvalue.
+    grid, value = np.array(density["grid"]), np.array(density["density"])
+    np.testing.assert_allclose(np.trapezoid(value, grid), 1, rtol=1e-3)
+    assert density["size"] == 31 and len(density["standard_error"]) == len(grid)
+    # All 31 Lanczos steps of two vectors.
+    assert dense[1]["num_matvecs"] - plain[0]["num_matvecs"] == 2 * 31
+    found = tensors(tmp_path / "curvature")[tags.SPECTRAL_DENSITY]
+    assert [e.step for e in found] == [0, 10]
+    assert found[0].tensor_proto.string_val[2].startswith(b"\x89PNG")
+
+
+def test_density_can_be_all_there_is(tmp_path):
+    x, y = data()
+    monitor = kc.CurvatureMonitor(
+        (x, y), 20, num_matvecs=0, diagonal=None, spectral_density=True
+    )
+    fit(network(), monitor)
+    assert all("spectral_density" in record for record in monitor.history)
+
+
 def test_several_fits_are_one_run(tmp_path):
     monitor, model = watch(tmp_path), network()
     for _ in range(2):

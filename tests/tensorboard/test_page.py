@@ -161,8 +161,8 @@ def test_first_sight(page):
     last = run_of("newton", STEPS[-1])
     answer = page.text("#answer")
     assert answer.startswith("At step 900 of newton, the stiffest layer is logits")
-    share = last["hessian_max_eigenvalue"] / (2 / last["learning_rate"])
-    assert f"is {100 * share:.1f} % of 2 / learning rate" in answer
+    share = last["hessian_preconditioned_max_eigenvalue"] / last["stability_threshold"]
+    assert f"is {100 * share:.1f} % of its stability threshold" in answer
     tiles = {
         tile.get_attribute("data-figure"): tile.text.split("\n")[1]
         for tile in page.all(".tile")
@@ -172,14 +172,15 @@ def test_first_sight(page):
         "hessian_trace",
         "hessian_frobenius_norm",
         "hessian_max_eigenvalue",
-        "two_over_learning_rate",
+        "hessian_preconditioned_max_eigenvalue",
+        "stability_threshold",
         "num_matvecs",
     }
     value, error = tiles["hessian_trace"].split(" ± ")
     assert float(error) == pytest.approx(last["hessian_trace_standard_error"], rel=0.05)
     # Rounded to the error's second digit.
     assert float(value) == pytest.approx(last["hessian_trace"], abs=0.1 * float(error))
-    assert tiles["two_over_learning_rate"] == "20"
+    assert tiles["stability_threshold"] == "380"
     assert page.texts(".row-label") == list(LAYERS)
     assert "Mean of the Hessian’s diagonal" in page.text("#heat-map h3")
 
@@ -237,23 +238,46 @@ def test_curves_of_the_selected_layer_compare_runs(page):
     assert page.text("#heat-map h3").endswith("· sgd")
 
 
-def test_sharpness_is_shown_against_the_step_size(page):
-    assert [name for _, name in page.lines("stability")] == [
-        "newton",
-        "newton: 2 / learning rate",
-        "sgd",
-        "sgd: 2 / learning rate",
-    ]
-    dashed = page.all("[data-chart=stability] path.line[stroke-dasharray]")
-    assert [line.get_attribute("data-run") for line in dashed] == [
-        "newton/curvature",
-        "sgd/curvature",
-    ]
+def test_stability_is_what_the_optimizer_sees_as_a_share_of_its_threshold(page):
+    assert [name for _, name in page.lines("stability")] == ["newton", "sgd"]
+    assert len(page.all("[data-chart=stability] line.limit")) == 1
     assert page.texts("[data-chart=stability] .key-entry") == [
         "newton",
         "sgd",
-        "2 / learning rate",
+        "unstable above",
     ]
+    plot = page.one("[data-chart=stability] .plot")
+    ActionChains(page.browser).move_to_element(plot).perform()
+    page.until(lambda: "step" in page.text("#tooltip"))
+    heading, line, _ = page.text("#tooltip").split("\n")
+    record = run_of("newton", int(heading.removeprefix("step ")))
+    seen, limit = "hessian_preconditioned_max_eigenvalue", record["stability_threshold"]
+    shown = [float(part.removesuffix(" %")) for part in line[8:].split(" ± ")]
+    expected = [100 * record[key] / limit for key in (seen, f"{seen}_error")]
+    assert shown == pytest.approx(expected, rel=0.05)
+
+
+def test_eigenvalue_has_the_limit_of_plain_gradient_descent(page, log_dir):
+    """The limit belongs to the Hessian itself only without a preconditioner."""
+    assert page.all("[data-chart=max_eigenvalue] path.line[stroke-dasharray]") == []
+    with CurvatureWriter(log_dir / "plain") as writer:
+        for step in STEPS:
+            record = synthetic_record(step, seed=5)
+            writer.write({k: v for k, v in record.items() if "preconditioned" not in k})
+
+    def reloaded():
+        page.browser.switch_to.default_content()
+        page.one("app-header-reload button").click()
+        page.enter()
+        time.sleep(0.5)
+        return ("plain/curvature", "plain") in page.lines("max_eigenvalue")
+
+    page.until(reloaded)
+    dashed = page.all("[data-chart=max_eigenvalue] path.line[stroke-dasharray]")
+    assert [line.get_attribute("data-name") for line in dashed] == [
+        "plain: 2 / learning rate"
+    ]
+    shutil.rmtree(log_dir / "plain")
 
 
 def test_hovering_a_curve_names_every_run(page):
@@ -270,7 +294,7 @@ def test_hovering_a_curve_names_every_run(page):
         digit = 0.1 * record["hessian_trace_standard_error"]
         assert float(shown) == pytest.approx(record["hessian_trace"], abs=digit)
     # The same step is marked in the other charts.
-    assert len(page.all(".cursor")) == 4
+    assert len(page.all(".cursor")) == 6
 
 
 def test_csv_of_the_shown_runs(page):

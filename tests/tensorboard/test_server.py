@@ -48,6 +48,11 @@ def test_custom_scalars_show_error_bands(server):
         for pattern in stability["tag"]
     ]
     assert lines == [["hessian/max_eigenvalue"], ["hessian/two_over_learning_rate"]]
+    seen = charts["Preconditioned eigenvalue against the stability threshold"]
+    assert seen["multiline"]["tag"] == [
+        r"hessian/preconditioned_max_eigenvalue$",
+        r"hessian/stability_threshold$",
+    ]
 
 
 def test_histograms_and_distributions_have_the_counts(server):

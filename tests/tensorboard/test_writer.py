@@ -24,6 +24,7 @@ GLOBAL = {
     "uncertainty/trace",
     "uncertainty/frobenius_norm",
     "uncertainty/max_eigenvalue",
+    "uncertainty/preconditioned_max_eigenvalue",
     "uncertainty_band/trace_lower",
     "uncertainty_band/trace_upper",
     "uncertainty_band/frobenius_norm_lower",
@@ -206,6 +207,14 @@ def test_an_exact_figure_has_an_error_of_zero(tmp_path):
     )
     assert scalars(tmp_path, "uncertainty/trace") == {1: 0.0}
     assert scalars(tmp_path, "uncertainty_band/trace_lower") == {1: 3.0}
+
+
+def test_a_margin_chart_has_a_margin_where_no_error_is_known(tmp_path):
+    record = {"hessian_trace": 3.0, "hessian_trace_standard_error": None}
+    write(tmp_path, {"step": 1, **record})
+    for end in ("lower", "upper"):
+        assert scalars(tmp_path, f"uncertainty_band/trace_{end}") == {1: 3.0}
+    assert "uncertainty/trace" not in read(tmp_path)
 
 
 def test_histogram_holds_the_counts_on_the_logarithmic_axis(tmp_path):

@@ -4,6 +4,7 @@ import {hideTooltip, html, showTooltip, svg} from './elements.js';
 import {formatNumber, formatStep, formatWithError, linearTicks, logTicks} from './format.js';
 
 const HEIGHT = 220;
+const MOSTLY = 0.9;
 const MARGIN = {left: 62, right: 14, top: 10, bottom: 26};
 
 export class Curves {
@@ -28,14 +29,18 @@ export class Curves {
 
   /**
    * series: [{run, name, colour, dashed, meaning, steps, values, errors, factor}], the band
-   * being value ∓ factor × error, and `meaning` what the dashed lines of all runs are. An empty list shows the note `absent` instead.
+   * being value ∓ factor × error, and `meaning` what the dashed lines of all runs are.
+   * limit: {value, meaning} draws one dashed line for all runs. An empty list of series
+   * shows the note `absent` instead.
    */
-  update({title, series, logarithmic, bands, format, absent}) {
-    Object.assign(this, {series, bands, format: format ?? formatNumber, absent});
+  update({title, series, logarithmic, bands, format, absent, limit}) {
+    Object.assign(this, {series, bands, format: format ?? formatNumber, absent, limit});
     this.title.textContent = title;
-    this.logarithmic = logarithmic && series.every(
-      (line) => line.values.every((value) => value === null || value > 0));
-    this.key.replaceChildren(...keyEntries(series));
+    // A first guess of an eigenvalue may be negative; a few such points leave the picture.
+    const known = series.flatMap((line) => line.values).filter((value) => value !== null);
+    this.logarithmic = logarithmic &&
+      known.filter((value) => value > 0).length >= MOSTLY * known.length;
+    this.key.replaceChildren(...keyEntries(series, limit));
     this.draw();
   }
 
@@ -63,6 +68,11 @@ export class Curves {
         'text', {class: 'tick', x: x(tick), y: HEIGHT - 8, 'text-anchor': 'middle'},
         formatStep(tick)));
     }
+    if (this.limit) {
+      const at = y(this.limit.value);
+      picture.append(svg('line', {
+        class: 'limit', x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at}));
+    }
     for (const line of this.series) {
       if (this.bands && line.errors) {
         picture.append(svg('path', {
@@ -85,6 +95,7 @@ export class Curves {
   scales(width) {
     const steps = this.series.flatMap((line) => [line.steps[0], line.steps.at(-1)]);
     const ends = this.series.flatMap((line) => extremes(line, this.bands, this.logarithmic));
+    if (this.limit) ends.push(this.limit.value);
     let [low, high] = [Math.min(...ends), Math.max(...ends)];
     if (this.logarithmic) {
       if (high / low < 1.5) [low, high] = [low / 1.3, high * 1.3];
@@ -109,11 +120,15 @@ export class Curves {
     this.yTicks = this.logarithmic ? logTicks(low, high, 6) : linearTicks(low, high, 5);
   }
 
+  visible(value) {
+    return value !== null && !(this.logarithmic && value <= 0);
+  }
+
   path(line) {
     let pen = 'M';
     let d = '';
     line.values.forEach((value, i) => {
-      if (value === null) return;
+      if (!this.visible(value)) return;
       d += `${pen}${this.x(line.steps[i]).toFixed(1)},${this.y(value).toFixed(1)}`;
       pen = 'L';
     });
@@ -125,7 +140,7 @@ export class Curves {
     const lower = [];
     line.values.forEach((value, i) => {
       const error = line.errors[i];
-      if (value === null || error === null) return;
+      if (!this.visible(value) || error === null) return;
       const at = this.x(line.steps[i]).toFixed(1);
       upper.push(`${at},${this.y(value + line.factor * error).toFixed(1)}`);
       lower.unshift(`${at},${this.y(value - line.factor * error).toFixed(1)}`);
@@ -191,10 +206,12 @@ export class Curves {
 }
 
 /** One entry for each run, and one for what all dashed lines have in common. */
-function keyEntries(series) {
+function keyEntries(series, limit) {
   const entries = series.filter((line) => !line.dashed).map((line) => [line, line.name]);
-  const dashed = series.find((line) => line.dashed);
-  if (dashed) entries.push([{dashed: true, colour: 'currentColor'}, dashed.meaning]);
+  const meaning = limit?.meaning ?? series.find((line) => line.dashed)?.meaning;
+  if (meaning && series.length) {
+    entries.push([{dashed: true, colour: 'currentColor'}, meaning]);
+  }
   return entries.map(
     ([line, name]) => html('span', {class: 'key-entry'}, sample(line), name));
 }
@@ -217,7 +234,7 @@ function nearest(line, step) {
 function extremes(line, bands, logarithmic) {
   const found = [];
   line.values.forEach((value, i) => {
-    if (value === null) return;
+    if (value === null || (logarithmic && value <= 0)) return;
     found.push(value);
     const error = bands && line.errors ? line.errors[i] : null;
     if (error === null) return;

@@ -64,3 +64,20 @@ export function firstOf(column) {
   const at = column ? column.findIndex((value) => value !== null) : -1;
   return at < 0 ? null : {at, value: column[at]};
 }
+
+/**
+ * How near a run is to the edge of stability, or null: the largest curvature that its
+ * optimizer sees as a share of the threshold, and the share's error.
+ *
+ * With a preconditioner that is the preconditioned Hessian's. A threshold is only known
+ * for some optimizers.
+ */
+export function stabilityOf(figures) {
+  const threshold = figures.stability_threshold;
+  const seen = figures.hessian_preconditioned_max_eigenvalue
+    ? 'hessian_preconditioned_max_eigenvalue' : 'hessian_max_eigenvalue';
+  if (!threshold || !figures[seen]) return null;
+  const share = (column) => column?.map((value, i) =>
+    value === null || !(threshold[i] > 0) ? null : value / threshold[i]);
+  return {shares: share(figures[seen]), errors: share(figures[`${seen}_error`])};
+}

@@ -2,7 +2,7 @@
 
 import {Curves} from './curves.js';
 import {
-  csvAddress, fetchRuns, fetchTable, FIGURES, firstOf, lastOf, styleAddress,
+  csvAddress, fetchRuns, fetchTable, FIGURES, firstOf, lastOf, stabilityOf, styleAddress,
 } from './data.js';
 import {html} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError} from './format.js';
@@ -39,9 +39,12 @@ class Page {
     this.heatMap = new HeatMap({onSelect: (layer) => this.select({layer}), onStep});
     this.layerCurves = new Curves({id: 'layer', onStep});
     this.stability = new Curves({id: 'stability', onStep});
+    this.eigenvalue = new Curves({id: 'max_eigenvalue', onStep});
     this.norm = new Curves({id: 'frobenius_norm', onStep});
     this.trace = new Curves({id: 'trace', onStep});
-    this.charts = [this.layerCurves, this.stability, this.norm, this.trace];
+    this.loss = new Curves({id: 'loss', onStep});
+    this.charts = [
+      this.layerCurves, this.stability, this.eigenvalue, this.norm, this.trace, this.loss];
 
     this.runList = html('ul', {class: 'runs', id: 'runs'});
     this.figureList = html('div', {class: 'figures', id: 'figures', role: 'radiogroup'});
@@ -200,13 +203,12 @@ class Page {
     } else {
       parts.push(':');
     }
-    const sharpness = lastOf(table.figures.hessian_max_eigenvalue)?.value;
-    const limit = lastOf(table.figures.two_over_learning_rate)?.value;
-    if (sharpness !== undefined && limit !== undefined) {
-      const share = formatShare(sharpness / limit);
-      parts.push(' The largest eigenvalue ', sharpness > limit
-        ? html('strong', {}, `exceeds 2 / learning rate (${share} of it).`)
-        : `is ${share} of 2 / learning rate.`);
+    const stability = lastOf(stabilityOf(table.figures)?.shares)?.value;
+    if (stability !== undefined) {
+      const share = formatShare(stability);
+      parts.push(' The largest curvature that the optimizer sees ', stability > 1
+        ? html('strong', {}, `exceeds its stability threshold (${share} of it).`)
+        : `is ${share} of its stability threshold.`);
     }
     this.answer.replaceChildren(...parts);
 
@@ -224,7 +226,9 @@ class Page {
       tile('Frobenius norm', 'hessian_frobenius_norm',
         'hessian_frobenius_norm_standard_error'),
       tile('Largest eigenvalue', 'hessian_max_eigenvalue', 'hessian_max_eigenvalue_error'),
-      tile('2 / learning rate', 'two_over_learning_rate'),
+      tile('Seen by the optimizer', 'hessian_preconditioned_max_eigenvalue',
+        'hessian_preconditioned_max_eigenvalue_error'),
+      tile('Stability threshold', 'stability_threshold'),
       tile('Products per probe', 'num_matvecs'),
     ];
     this.tiles.replaceChildren(...tiles.filter(Boolean));
@@ -268,24 +272,36 @@ class Page {
     });
     this.stability.update({
       ...common,
-      title: 'Largest eigenvalue and 2 / learning rate',
-      absent: 'No largest eigenvalue was computed in the chosen runs.',
-      series: shown.flatMap(({run, table: {steps, figures}}) => {
-        const values = figures.hessian_max_eigenvalue;
-        if (!values) return [];
-        const table = {steps};
-        return [
-          ...this.series(run, table, {
-            values, errors: figures.hessian_max_eigenvalue_error, factor: 1}),
-          ...this.series(run, table, {
-            values: figures.two_over_learning_rate, dashed: true,
-            meaning: '2 / learning rate', name: `${shortName(run)}: 2 / learning rate`}),
-        ];
+      title: 'Edge of stability: curvature that the optimizer sees / its threshold',
+      format: formatShare,
+      absent: 'The chosen runs tell no threshold, or no eigenvalue.',
+      limit: {value: 1, meaning: 'unstable above'},
+      series: shown.flatMap(({run, table}) => {
+        const stability = stabilityOf(table.figures);
+        return stability ? this.series(run, table, {
+          values: stability.shares, errors: stability.errors, factor: 1}) : [];
       }),
+    });
+    this.eigenvalue.update({
+      ...common,
+      title: 'Largest eigenvalue of the Hessian',
+      absent: 'No largest eigenvalue was computed in the chosen runs.',
+      series: shown.flatMap(({run, table}) => [
+        ...this.series(run, table, {
+          values: table.figures.hessian_max_eigenvalue,
+          errors: table.figures.hessian_max_eigenvalue_error, factor: 1}),
+        // With a preconditioner the limit is that of another matrix.
+        ...this.series(run, table, {
+          values: table.figures.hessian_preconditioned_max_eigenvalue
+            ? null : table.figures.two_over_learning_rate,
+          dashed: true, meaning: '2 / learning rate',
+          name: `${shortName(run)}: 2 / learning rate`}),
+      ]),
     });
     for (const [chart, key, title] of [
       [this.norm, 'hessian_frobenius_norm', 'Frobenius norm of the Hessian'],
       [this.trace, 'hessian_trace', 'Trace of the Hessian'],
+      [this.loss, 'loss', 'Loss on the probe data'],
     ]) {
       chart.update({
         ...common, title, absent: 'The chosen runs have no such figure.',

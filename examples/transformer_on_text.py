@@ -1,0 +1,149 @@
+"""Watch a transformer with LayerNorm while it learns to write like Shakespeare.
+
+What you learn: the first weights lie where the loss is sharply curved, and 20 steps are
+enough to leave that region: what a warm-up waits for. Then the largest eigenvalue rises
+again while the loss falls, tenfold and past its first value. Adam divides each weight's
+gradient by its usual size, and sees a preconditioned Hessian with a threshold of its
+own, which 2 / η says nothing about. At the end most of the trace lies in the two tables
+at the input, of the characters and of their positions.
+
+    λ = max vᵀ H v / vᵀ v        λ_A = λ(D^{-1/2} H D^{-1/2})
+    Adam is unstable where λ_A > (2 + 2 β₁) / ((1 − β₁) η)
+
+| symbol | meaning |
+|---|---|
+| H | Hessian of the loss, cross entropy of the next character, on 32 lines of text |
+| λ, v | its largest eigenvalue, and directions in the space of weights |
+| D | Adam's preconditioner, `√v̂ + ε` for each weight |
+| λ_A | largest eigenvalue of the Hessian that Adam sees |
+| η, β₁ | Adam's learning rate, 0.003, and its momentum, 0.9 |
+| trace | sum of H's diagonal, here over a layer's weights |
+
+Usage:
+
+    python examples/transformer_on_text.py              # trains and prints
+    python examples/transformer_on_text.py --picture    # draws what it saw as well
+"""
+
+import keras
+import numpy as np
+import pictures
+from keras import layers
+
+import keras_curvature as kc
+
+URL = "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"
+LENGTH = 32
+WIDTH = 48
+STEPS = 240
+BATCH = 32
+
+
+class Positions(layers.Layer):
+    """Adds a vector for each position, learnt like the characters' own."""
+
+    def build(self, shape):
+        """Makes the table of the vectors."""
+        start = keras.initializers.RandomNormal(stddev=0.02)
+        self.table = self.add_weight(shape[1:], start, name="table")
+
+    def call(self, x):
+        """The sequence with its positions."""
+        return x + self.table
+
+
+def load_text():
+    """Pieces of text as numbers, each with the characters that come next."""
+    path = keras.utils.get_file("shakespeare.txt", URL)
+    with open(path, encoding="utf-8") as file:
+        text = np.array(list(file.read(200_000)))
+    characters, numbers = np.unique(text, return_inverse=True)
+    starts = np.random.default_rng(0).integers(len(text) - LENGTH, size=STEPS * BATCH)
+    pieces = numbers[starts[:, None] + np.arange(LENGTH + 1)].astype("int32")
+    return pieces[:, :-1], pieces[:, 1:], len(characters)
+
+
+def transformer(num_characters):
+    """A block of attention and a network, each behind a LayerNorm."""
+    keras.utils.set_random_seed(0)
+    text = layers.Input((LENGTH,), dtype="int32")
+    x = layers.Embedding(num_characters, WIDTH, name="characters")(text)
+    x = Positions(name="positions")(x)
+    normed = layers.LayerNormalization(name="norm1")(x)
+    attention = layers.MultiHeadAttention(4, WIDTH // 4, name="attention")
+    x += attention(normed, normed, use_causal_mask=True)
+    normed = layers.LayerNormalization(name="norm2")(x)
+    hidden = layers.Dense(4 * WIDTH, "gelu", name="expand")(normed)
+    x += layers.Dense(WIDTH, name="contract")(hidden)
+    x = layers.LayerNormalization(name="norm3")(x)
+    return keras.Model(text, layers.Dense(num_characters, name="logits")(x))
+
+
+def train():
+    """Each piece of text is seen once; the probe is the first of them."""
+    x, y, num_characters = load_text()
+    model = transformer(num_characters)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.003), loss)
+    monitor = kc.CurvatureMonitor((x[:BATCH], y[:BATCH]), update_freq=20)
+    model.fit(x, y, batch_size=BATCH, callbacks=[monitor], verbose=0)
+    return monitor.history
+
+
+def draw(history, path):
+    """Loss and eigenvalues over the steps, and the trace by layer."""
+    from keras_curvature import plots
+
+    figure, axes = pictures.new(2, 2, (10.5, 6.4))
+    plots.plot_history(history, "loss", axes[0, 0], color=plots.BLUE)
+    step = [record["step"] for record in history]
+    eigenvalues = [record["hessian_max_eigenvalue"] for record in history]
+    axes[0, 1].plot(step, eigenvalues, color=plots.BLUE)
+    axes[0, 1].set_ylim(0)
+    pictures.dress(axes[0, 1], "Largest eigenvalue λ", "step", legend=False)
+
+    # Adam has no preconditioner before its first step.
+    seen = [record.get("hessian_preconditioned_max_eigenvalue") for record in history]
+    limits = [record["stability_threshold"] for record in history]
+    axes[1, 0].plot(step[1:], seen[1:], color=plots.ORANGE, label="λ_A, seen by Adam")
+    axes[1, 0].plot(step, limits, "--", color=plots.GREY, label="unstable above")
+    axes[1, 0].set_ylim(0)
+    pictures.dress(axes[1, 0], "Largest eigenvalue that Adam sees", "step")
+
+    last = history[-1]["layers"][::-1]
+    axes[1, 1].barh(
+        [layer["name"] for layer in last],
+        [layer["trace"] for layer in last],
+        xerr=[2 * layer["trace_standard_error"] for layer in last],
+        color=plots.BLUE,
+        ecolor=plots.GREY,
+    )
+    title = "Trace by layer at the end"
+    pictures.dress(axes[1, 1], title, "trace, ± 2 standard errors", legend=False)
+    pictures.save(figure, path)
+
+
+def main():
+    """Trains, and prints eigenvalues over the steps and the trace by layer."""
+    arguments = pictures.arguments(__doc__, "transformer_on_text")
+    history = train()
+    print("  step    loss         λ   λ_A / threshold")
+    for record in history:
+        seen = record.get("hessian_preconditioned_max_eigenvalue")
+        share = f"{seen / record['stability_threshold']:.0%}" if seen else "-"
+        print(
+            f"  {record['step']:>4}{record['loss']:>8.3f}"
+            f"{record['hessian_max_eigenvalue']:>10.1f}{share:>18}"
+        )
+    print("\n  layer                     weights   trace ± standard error")
+    for layer in history[-1]["layers"]:
+        print(
+            f"  {layer['name']:<26}{layer['size']:>7,}{layer['trace']:>8.1f} "
+            f"± {layer['trace_standard_error']:.1f}"
+        )
+    if arguments.picture:
+        draw(history, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
