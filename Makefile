@@ -11,12 +11,13 @@ WHEEL_VENV := build/wheel-venv
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint bench wheel
+.PHONY: help demo test lint api bench wheel
 
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
+	@echo "make api    write docs/api.md from the docstrings"
 	@echo "make bench  measure the costs, in gradients"
 	@echo "make wheel  build the wheel, try it in a fresh environment"
 
@@ -37,6 +38,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+api: $(STAMP)
+	$(BIN)/python docs/api.py
 
 # The other packages that are measured are large, so they come with this target alone.
 bench: $(STAMP)

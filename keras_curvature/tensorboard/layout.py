@@ -42,8 +42,10 @@ def layout() -> layout_pb2.Layout:
         category=[
             layout_pb2.Category(
                 title="Curvature",
-                chart=[*(_margin(band) for band in tags.BANDS), *stability],
+                # TensorBoard shows margin charts from the last to the first.
+                chart=[_margin(band) for band in reversed(tags.BANDS)],
             ),
+            layout_pb2.Category(title="Edge of stability", chart=stability),
             layout_pb2.Category(
                 title="Curvature by layer",
                 chart=[

@@ -206,6 +206,34 @@ def test_heat_map_shows_values_and_colours_by_size(page):
     assert means[-1] > 50 * means[0]
 
 
+def test_custom_scalars_begin_with_the_trace(browser, server):
+    """In the order in which TensorBoard's own page puts them."""
+    titles = """
+        const found = [];
+        const walk = (node) => {
+          for (const child of node.children ?? []) {
+            if (child.localName === 'tf-card-heading') found.push(child.displayName);
+            walk(child);
+          }
+          if (node.shadowRoot) walk(node.shadowRoot);
+        };
+        walk(document.body);
+        return found;
+    """
+    browser.switch_to.default_content()
+    browser.get("about:blank")
+    browser.get(server.url + "#custom_scalars")
+    shown = WebDriverWait(browser, 30, 0.2).until(
+        lambda _: (found := browser.execute_script(titles))[8:] and found
+    )
+    assert [title.split(",")[0] for title in shown[:4]] == [
+        "Trace",
+        "Frobenius norm",
+        "Largest eigenvalue",
+        "Largest eigenvalue against 2 / learning rate",
+    ]
+
+
 def test_choosing_a_figure(page):
     page.one("input[value=negative_share]").click()
     assert "Share of negative entries" in page.text("#heat-map h3")

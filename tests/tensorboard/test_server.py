@@ -28,7 +28,11 @@ def test_scalars_have_the_tags_and_values_that_were_written(server):
 
 def test_custom_scalars_show_error_bands(server):
     categories = server.get("plugin/custom_scalars/layout")["category"]
-    assert [c["title"] for c in categories] == ["Curvature", "Curvature by layer"]
+    assert [c["title"] for c in categories] == [
+        "Curvature",
+        "Edge of stability",
+        "Curvature by layer",
+    ]
     charts = {chart["title"]: chart for c in categories for chart in c["chart"]}
     margin = charts["Trace, ± 2 standard errors"]["margin"]["series"][0]
     written = set(server.get("plugin/scalars/tags")[RUN])

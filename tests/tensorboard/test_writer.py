@@ -135,8 +135,6 @@ def test_what_is_missing_has_no_tag(tmp_path, missing):
         "hessian/two_over_learning_rate",
         "uncertainty/trace",
         "uncertainty/max_eigenvalue",
-        "uncertainty_band/trace_lower",
-        "uncertainty_band/trace_upper",
         "uncertainty_band/max_eigenvalue_lower",
         "uncertainty_band/max_eigenvalue_upper",
         "probe/learning_rate",
