@@ -81,12 +81,39 @@ def curvature_summary(
     errors = [layer["block_share_standard_error"] for layer in layers]
     total["off_diagonal_share_standard_error"] = None if None in errors else sum(errors)
     total["num_matvecs"] = diagonal.num_matvecs + spent
-    if print_fn is not False:
-        _print(layers, total, print_fn)
-    return [*layers, total]
+    summary = CurvatureSummary([*layers, total], printed=print_fn is not False)
+    if print_fn is None:
+        print(summary.table())
+    elif print_fn is not False:
+        for line in summary.table().split("\n"):
+            print_fn(line)
+    return summary
 
 
-def _print(layers, total, print_fn):
+class CurvatureSummary(list):
+    """The figures of `curvature_summary`: a list of dictionaries that shows itself.
+
+    Its `repr` is the table, so that a notebook shows it; or one line if the table was
+    printed before, so that it is not shown twice.
+    """
+
+    def __init__(self, records, printed):
+        super().__init__(records)
+        self._printed = printed
+
+    def __repr__(self):
+        if not self._printed:
+            return self.table()
+        *layers, total = self
+        return f"<curvature of {len(layers)} layers, {total['size']:,} parameters>"
+
+    def table(self) -> str:
+        """The table as text."""
+        *layers, total = self
+        return _table(layers, total)
+
+
+def _table(layers, total):
     table = rich.table.Table(
         title="Curvature of the training loss",
         box=rich.box.SQUARE,
@@ -144,12 +171,7 @@ def _print(layers, total, print_fn):
         console.print(table)
         for line in summary:
             console.print(f" {line}")
-    text = capture.get().rstrip("\n")
-    if print_fn is None:
-        print(text)
-    else:
-        for line in text.split("\n"):
-            print_fn(line)
+    return capture.get().rstrip("\n")
 
 
 def _with_error(value, error):

@@ -96,3 +96,14 @@ def test_a_loss_without_curvature():
         for value in figures.values()
         if isinstance(value, float)
     )
+
+
+def test_shows_itself_once():
+    model, x, y, *_ = cases.mlp_relu()
+    lines = []
+    printed = kc.curvature_summary(model, x, y, print_fn=lines.append)
+    quiet = kc.curvature_summary(model, x, y, print_fn=False)
+    assert repr(quiet) == "\n".join(lines) == printed.table()
+    layers = len(printed) - 1
+    assert repr(printed).startswith(f"<curvature of {layers} layers, ")
+    assert isinstance(quiet[:-1], list) and quiet[-1]["name"] == "total"

@@ -47,6 +47,13 @@ class Eigenvalues:
         """Their error bounds: `residual_norms`. Nothing here is random."""
         return self.residual_norms
 
+    def __repr__(self):
+        shown = ", ".join(
+            f"{value:.6g} ± {bound:.1g}"
+            for value, bound in zip(self.values, self.residual_norms, strict=True)
+        )
+        return f"<Eigenvalues {shown} ({self.num_matvecs} matvecs)>"
+
 
 def eigenvalues(
     A,

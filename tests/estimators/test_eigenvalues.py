@@ -162,3 +162,10 @@ def test_arguments_are_checked():
     for size in (3, 100):
         with pytest.raises(RuntimeError, match="not finite"):
             estimators.eigenvalues(np.full((size, size), np.nan))
+
+
+def test_repr_tells_values_bounds_and_price():
+    found = estimators.eigenvalues(np.diag([3.0, 2.0, 1.0]), 2)
+    assert repr(found).startswith("<Eigenvalues 3 ± ")
+    assert f", 2 ± {found.residual_norms[1]:.1g} (" in repr(found)
+    assert repr(found).endswith(f"({found.num_matvecs} matvecs)>")
