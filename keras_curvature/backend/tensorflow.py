@@ -210,6 +210,27 @@ def map_over_range(function, count):
         )
 
 
+def loop_over_range(function, count, dtype):
+    """`function(i)` for `i = 0 … count − 1`, one after the other.
+
+    Its graph is made once, which counts where it is a whole backward pass, and its
+    memory is needed once.
+
+    Args:
+        function: takes a scalar integer tensor, returns a tensor.
+        count: number of indices.
+        dtype: dtype of what it returns.
+
+    Returns:
+        The results, stacked along a new first axis.
+    """
+    if count == 1:
+        return function(tf.constant(0))[None]
+    return tf.map_fn(
+        function, tf.range(count), fn_output_signature=dtype, parallel_iterations=1
+    )
+
+
 class _Vectorizing(threading.local):
     """Whether `map_over_range` may vectorize, and how often it did."""
 

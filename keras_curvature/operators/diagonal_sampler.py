@@ -50,9 +50,14 @@ class DiagonalSampler:
 
     def _samples(self, batch, seed, number, count):
         draw = self._prepared(batch)
-        # Fresh signs for each sample and each batch of the data.
-        keys = [backend.fold_seed(seed + [0, i], number) for i in range(count)]
-        return ops.stack([self._operator.flatten(draw(key)) for key in keys], axis=1)
+
+        def sample(i):
+            # Fresh signs for each sample and each batch of the data.
+            index = ops.stack([0, i])
+            return self._operator.flatten(draw(backend.fold_seed(seed + index, number)))
+
+        samples = backend.loop_over_range(sample, count, self._operator.dtype.name)
+        return ops.transpose(samples)
 
     def _key(self):
         """What the traced computation depends on, besides the number of samples."""

@@ -234,7 +234,6 @@ class HessianOperator:
         return results[0] if len(results) == 1 else ops.concatenate(results, axis=1)
 
     def _products(self, batch, columns):
-        directions = [self._split(c) for c in ops.unstack(columns, axis=1)]
         probe = self.probe
         if self.hvp == "finite_difference":
 
@@ -243,18 +242,24 @@ class HessianOperator:
                     return self._gradient(sources, batch)[1]
 
             values = backend.values_of(probe.sources())
+            directions = [self._split(c) for c in ops.unstack(columns, axis=1)]
             products = backend.finite_difference_products(
                 gradient_at, values, directions
             )
-        else:
-            sources = probe.sources()
-            tapes = backend.GradientProducts(
-                lambda watch: probe.loss(sources, batch), sources
-            )
-            self._name_unconnected(tapes.gradients)
-            self._name_silent_errors(tapes)
-            products = [tapes.product(d) for d in directions]
-        return ops.stack([self._flatten(p) for p in products], axis=1)
+            return ops.stack([self._flatten(p) for p in products], axis=1)
+        sources = probe.sources()
+        tapes = backend.GradientProducts(
+            lambda watch: probe.loss(sources, batch), sources
+        )
+        self._name_unconnected(tapes.gradients)
+        self._name_silent_errors(tapes)
+        rows = ops.transpose(columns)
+        products = backend.loop_over_range(
+            lambda i: self._flatten(tapes.product(self._split(rows[i]))),
+            columns.shape[1],
+            self.dtype.name,
+        )
+        return ops.transpose(products)
 
     def _gradient(self, sources, batch):
         loss, gradients = backend.gradient(

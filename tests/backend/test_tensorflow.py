@@ -335,3 +335,16 @@ def test_behind_a_constant_cotangent_only_the_function_in_front_is_curved():
     tapes = backend.GradientProducts(loss, [x])
     assert float(tapes.loss) == 64 and float(tapes.gradients[0]) == 6 * 32
     assert float(tapes.product([tf.constant(1.0)])[0]) == 6 * 16
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_loop_over_range_traces_its_body_once(count):
+    traces = []
+
+    def body(i):
+        traces.append(1)
+        return tf.cast(tf.range(2) + 10 * i, tf.float64)
+
+    loop = backend.compiled(lambda: backend.loop_over_range(body, count, "float64"))
+    np.testing.assert_array_equal(loop(), [[0, 1], [10, 11], [20, 21]][:count])
+    assert len(traces) == 1
