@@ -57,6 +57,7 @@ def density_image(density: Mapping[str, Any]) -> np.ndarray:
     before = np.concatenate([line[:1], line[:-1]])
     first, last = np.minimum(before, line), np.maximum(before, line) + 1
     shown = (rows >= first) & (rows <= last) & (first < _DOWN - 1)
+    shown[:, 1:] |= shown[:, :-1]
     plot[shown] = _LINE
     write(canvas, "density of eigenvalues (+/- 2 standard errors)", 6, _LEFT)
     write(canvas, "eigenvalue", _TOP + _DOWN + 24, _LEFT + _WIDTH // 2 - 5 * ADVANCE)
