@@ -202,7 +202,9 @@ def diagonal_moments(
             operator, num_matvecs, tolerance, seed, operator.sizes, True, progress
         )
     if method == "gauss_newton":
-        return _gauss_newton(operator, num_matvecs, tolerance, seed, progress)
+        return _gauss_newton(
+            operator, num_matvecs, tolerance, seed, max_matvecs, progress
+        )
     return _exact_diagonal(operator, plan, max_matvecs, progress)
 
 
@@ -413,7 +415,7 @@ def _exact_diagonal(operator, plan, max_matvecs, progress):
     )
 
 
-def _gauss_newton(operator, num_matvecs, tolerance, seed, progress):
+def _gauss_newton(operator, num_matvecs, tolerance, seed, max_matvecs, progress):
     gauss_newton = _from_layers(GaussNewtonDiagonal, operator)
     if operator.layer_outputs.samples_interact:
         raise ValueError(
@@ -422,7 +424,7 @@ def _gauss_newton(operator, num_matvecs, tolerance, seed, progress):
             'that mixes the batch). Use training=False, or method="hutchinson".'
         )
     if num_matvecs is None and tolerance is None:
-        value = gauss_newton.compute()
+        value = gauss_newton.compute(max_matvecs)
         return estimators.moments_of_diagonal(
             value, gauss_newton.num_matvecs, operator.sizes
         )

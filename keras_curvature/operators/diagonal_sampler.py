@@ -40,7 +40,7 @@ class DiagonalSampler:
         Returns:
             Tensor `(P, count)`, on the device.
         """
-        self._layer_outputs.samples_interact  # noqa: B018  # Leaves only rules that hold.
+        self._find_out()
         return self._operator.mean_over_batches(
             lambda batch, seed, number: self._samples(batch, seed, number, count),
             (*self._key(), count),
@@ -58,6 +58,10 @@ class DiagonalSampler:
 
         samples = backend.loop_over_range(sample, count, self._operator.dtype.name)
         return ops.transpose(samples)
+
+    def _find_out(self):
+        """Computes what has to be known before a sample is traced."""
+        self._layer_outputs.samples_interact  # noqa: B018  # Leaves rules that hold.
 
     def _key(self):
         """What the traced computation depends on, besides the number of samples."""

@@ -19,6 +19,9 @@ from keras_curvature.layer_rules import stacked_products
 #: beyond it, they are computed a few at a time.
 ROWS_ELEMENTS = 2**24
 
+#: Bound for the elements of the Hessian of the loss by the outputs (1 GiB in float32).
+HESSIAN_ELEMENTS = 2**28
+
 #: Taken for the number of samples where a graph serves any number of them.
 UNKNOWN_SIZE = 256
 
@@ -64,17 +67,45 @@ def output_sizes(recording):
 
 def output_hessian(recording):
     """`S_n` for every sample, shape `(N, C, C)`, C scalar outputs in all."""
-    tapes, outputs = recording.tapes, recording.outputs
+    count = sum(output_sizes(recording))
+    _check_size(recording, count)
 
     def column(i):
-        direction = [None] * len(tapes.sources)
-        for k, e in zip(outputs, _basis(recording, i), strict=True):
-            direction[k] = e
-        product = tapes.product(direction, wanted=outputs)
-        return ops.concatenate([_flat(product[k]) for k in outputs], axis=1)
+        product = output_product(recording, _basis(recording, i))
+        return ops.concatenate([_flat(part) for part in product], axis=1)
 
-    columns = backend.map_over_range(column, sum(output_sizes(recording)))
-    return ops.transpose(columns, (1, 2, 0))
+    return ops.transpose(backend.map_over_range(column, count), (1, 2, 0))
+
+
+def hessian_by_position(recording):
+    """The blocks of S of single positions, shape `(N T, C, C)`.
+
+    For one output of shape `(N, ..., C)` whose positions do not meet in the loss, as
+    the words of a sequence; then they are all there is of S.
+    """
+    (k,) = recording.outputs
+    source = recording.tapes.sources[k]
+    count = source.shape[-1]
+    _check_size(recording, count)
+
+    def column(i):
+        e = ops.one_hot(i, count, dtype=source.dtype.name)
+        product = output_product(recording, [ops.broadcast_to(e, ops.shape(source))])
+        return ops.reshape(product[0], (-1, count))
+
+    return ops.transpose(backend.map_over_range(column, count), (1, 2, 0))
+
+
+def _check_size(recording, width):
+    shapes = [recording.tapes.sources[k].shape for k in recording.outputs]
+    outputs = sum(math.prod(n or UNKNOWN_SIZE for n in shape) for shape in shapes)
+    if outputs * width > HESSIAN_ELEMENTS:
+        raise ValueError(
+            "The Hessian of the loss by the outputs is too large to take roots of: "
+            f"{outputs * width:,} numbers for outputs of shape "
+            f"{', '.join(map(str, shapes))}. Use a smaller batch (`batch_size`), or "
+            'method="layerwise".'
+        )
 
 
 def output_product(recording, moved):

@@ -8,6 +8,7 @@ from keras import ops
 from keras_curvature import backend
 from keras_curvature.operators import gauss_newton
 from keras_curvature.operators.diagonal_sampler import DiagonalSampler
+from keras_curvature.operators.layer_outputs import LEAK, half_of
 
 
 class GaussNewtonDiagonal(DiagonalSampler):
@@ -22,39 +23,100 @@ class GaussNewtonDiagonal(DiagonalSampler):
         layer_outputs: a `LayerOutputHessian`.
     """
 
+    def __init__(self, layer_outputs):
+        super().__init__(layer_outputs)
+        self._positions_interact = None
+
     @property
     def num_matvecs(self):
         """Backward passes that the last `compute` took; `None` before it."""
         return self._layer_outputs.notes.get("gauss newton")
 
-    def compute(self):
+    def compute(self, max_matvecs=math.inf):
         """The exact diagonal, a flat tensor `(P,)` on the device.
 
         One backward pass per scalar output of the model serves all layers with a
         rule; each other variable takes two per output and sample. `num_matvecs`
         tells how many it was.
-        """
-        return self._operator.mean_over_batches(self._exact, ("gauss newton", "exact"))
 
-    def _exact(self, batch):
+        Args:
+            max_matvecs: how many it may be.
+
+        Raises:
+            ValueError: if it takes more.
+        """
+        return self._operator.mean_over_batches(
+            lambda batch: self._exact(batch, max_matvecs), ("gauss newton", "exact")
+        )
+
+    @property
+    def positions_interact(self):
+        """Whether positions of the output meet in the loss, or there are none.
+
+        The words of a sequence do not, in the usual losses; then the Hessian of the
+        loss by the outputs has a small block for each of them. Found out once.
+        """
+        if self._positions_interact is None:
+            leak = self._operator.mean_over_batches(
+                self._leak, ("gauss newton", "leak"), backend.array([0, 0], "int32")
+            )
+            self._positions_interact = bool(leak > LEAK)
+        return self._positions_interact
+
+    def _find_out(self):
+        super()._find_out()
+        self.positions_interact  # noqa: B018
+
+    def _leak(self, batch, seed):
+        """The largest relative product at positions that a direction leaves out."""
+        recording = self._layer_outputs.record(batch, outputs=True)
+        gauss_newton.output_sizes(recording)
+        sources = [recording.tapes.sources[k] for k in recording.outputs]
+        if len(sources) != 1 or len(sources[0].shape) < 3:
+            return ops.ones(())
+        source = sources[0]
+        shape = ops.shape(source)
+        positions = math.prod(source.shape[1:-1])
+        leaks = []
+        for number in range(2):
+            half = half_of(positions, seed, number)
+            mask = ops.reshape(half, (1, *source.shape[1:-1], 1))
+            mask = ops.cast(mask, source.dtype.name)
+            move = mask * backend.random_normal(shape, seed, source.dtype.name)
+            (product,) = gauss_newton.output_product(recording, [move])
+            leaked = ops.max(ops.abs(product * (1 - mask)))
+            leaks.append(ops.divide_no_nan(leaked, ops.max(ops.abs(product))))
+        return ops.cast(ops.maximum(*leaks), "float32")
+
+    def _exact(self, batch, max_matvecs):
         recording = self._layer_outputs.record(batch, outputs=True)
         count = sum(gauss_newton.output_sizes(recording))
         samples = recording.tapes.sources[recording.outputs[0]].shape[0] or 1
         covered, uncovered = gauss_newton.by_coverage(recording)
+        passes = count + 2 * samples * count * len(uncovered)
+        if passes > max_matvecs:
+            raise ValueError(
+                f"The exact Gauss–Newton diagonal takes {passes:,} backward passes "
+                f"({count:,} outputs for each sample), more than "
+                f"max_matvecs={max_matvecs:,}. Pass `num_matvecs` for an estimate "
+                "from so many samples, or raise `max_matvecs`."
+            )
         parts = gauss_newton.diagonal(recording, covered) if covered else {}
         for i in covered:
             parts[i] = parts[i] + _penalty(recording.tapes, i)
         for i in uncovered:
             parts[i] = _by_samples(recording, i) + self._own_penalty(recording, i)
         # Kept with the operator, as the graph is that is traced here.
-        self._layer_outputs.notes["gauss newton"] = count + sum(
-            2 * samples * count for _ in uncovered
-        )
+        self._layer_outputs.notes["gauss newton"] = passes
         return self._operator.flatten([parts[i] for i in sorted(parts)])
 
     def _prepared(self, batch):
         recording = self._layer_outputs.record(batch, outputs=True)
-        s = gauss_newton.output_hessian(recording)
+        if self.positions_interact:
+            s = gauss_newton.output_hessian(recording)
+        else:
+            s = gauss_newton.hessian_by_position(recording)
+        size = sum(gauss_newton.output_sizes(recording))
         eigenvalues, vectors = ops.linalg.eigh(s)
         root = vectors * ops.sqrt(ops.maximum(eigenvalues, 0))[:, None, :]
         covered, uncovered = gauss_newton.by_coverage(recording)
@@ -67,6 +129,7 @@ class GaussNewtonDiagonal(DiagonalSampler):
         def draw(seed):
             signs = backend.random_signs(ops.shape(s)[:2], seed, s.dtype.name)
             weights = ops.einsum("ncr,nr->nc", root, signs)
+            weights = ops.reshape(weights, (-1, size))
             carried = recording.tapes.pull_back(
                 gauss_newton.targets(recording),
                 gauss_newton.as_outputs(recording, weights),

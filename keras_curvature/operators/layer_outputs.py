@@ -146,7 +146,7 @@ class LayerOutputHessian:
             rows = ops.shape(signs[probed[0]])[0]
         for number in range(2):
             v, masks = [None] * len(signs), {}
-            half = _half_of_rows(rows, seed, number)
+            half = half_of(rows, seed, number)
             for k in probed:
                 shape = (-1,) + (1,) * (len(signs[k].shape) - 1)
                 masks[k] = ops.cast(ops.reshape(half, shape), signs[k].dtype.name)
@@ -169,13 +169,13 @@ class LayerOutputHessian:
         return ops.sqrt(ops.max(ops.stack(leaks))), ops.cast(rows, "float64")
 
 
-def _half_of_rows(rows, seed, number):
-    """Ones for half of the rows and zeros for the others, as integers.
+def half_of(count, seed, number):
+    """Ones for half of so many entries and zeros for the others, as integers.
 
     Masks number 0 and 1 together tell any two of four samples apart, and almost all
     pairs of more: the order of the samples, which may have a meaning (pairs in
     neighbouring places, or in the two halves of the batch), is shuffled.
     """
-    order = backend.random_normal((rows,), backend.fold_seed(seed, 1))
+    order = backend.random_normal((count,), backend.fold_seed(seed, 1))
     position = ops.argsort(ops.argsort(order))
     return position // 2**number % 2

@@ -282,3 +282,55 @@ def test_interacting_samples_are_refused():
     op = diagonals.probed("batch_norm_training").op
     with pytest.raises(ValueError, match="samples .* interact"):
         kc.hessian_diagonal(op, method="gauss_newton")
+
+
+# Sequences: one small block of S for each position
+
+
+def words(loss="sparse_categorical_crossentropy", activation="softmax"):
+    """Three words of four features, five classes each."""
+    model = cases.sequential(
+        layers.Input((3, 4)),
+        layers.Dense(4, activation="tanh"),
+        layers.Dense(5, activation=activation),
+        loss=loss,
+    )
+    y = np.arange(18).reshape(6, 3) % 5
+    return cases.Case(model, cases._numbers(6, 3, 4), y)
+
+
+def connected_words():
+    """Their sum counts: one convex function of all positions."""
+
+    def loss(y, outputs):
+        return ops.mean(ops.square(ops.sum(outputs, axis=1)), axis=-1)
+
+    return words(loss, "linear")
+
+
+@pytest.mark.parametrize("interact", [False, True])
+def test_blocks_of_positions(interact, float64):
+    case = connected_words() if interact else words()
+    op = operator(case)
+    gn = GaussNewtonDiagonal(op.layer_outputs)
+    assert gn.positions_interact == interact
+    draws = [np.asarray(gn.diagonal_samples(0, i, 4)) for i in range(0, 256, 4)]
+    samples = np.concatenate(draws, axis=1)
+    assert samples.min() >= 0
+    assert_unbiased(samples, np.asarray(gn.compute()))
+
+
+def test_an_output_hessian_too_large_for_memory_is_refused(float64, monkeypatch):
+    monkeypatch.setattr(gauss_newton, "HESSIAN_ELEMENTS", 6 * 3 * 5 * 5)
+    for case in (words(), connected_words()):
+        gn = GaussNewtonDiagonal(operator(case).layer_outputs)
+        if gn.positions_interact:
+            with pytest.raises(ValueError, match="too large.*1,350 numbers"):
+                gn.diagonal_samples(0, 0, 1)
+        else:
+            gn.diagonal_samples(0, 0, 1)
+
+
+def test_too_many_backward_passes_are_refused(float64):
+    with pytest.raises(ValueError, match="takes 15 backward passes.*num_matvecs"):
+        kc.hessian_diagonal(*words()[:3], method="gauss_newton", max_matvecs=14)
