@@ -1,41 +1,45 @@
-"""The array framework behind the package: one module per Keras backend.
+"""The array framework behind the package.
 
-The rest of the package imports this room, never a module inside it. A backend
-module defines the same handful of functions; see
-`keras_curvature.backend.tensorflow` for their contracts.
+The rest of the package imports this room, never a module inside it. Each Keras
+backend defines the same handful of functions; see the modules `tensorflow` and
+`tensorflow_*` for their contracts.
 """
 
 import keras
 
 if keras.backend.backend() == "tensorflow":
     from keras_curvature.backend.tensorflow import (
-        GradientProducts,
         array,
         compiled,
         current_trace,
         device_of,
-        exact_second_derivatives,
-        finite_difference_products,
         fold_seed,
-        gradient,
         is_tensor,
-        loop_over_range,
-        map_over_range,
         num_replicas,
         num_traces,
         on_device,
         placed,
         random_normal,
         random_signs,
-        sum_over_chunks,
-        sum_over_range,
         values_of,
-        with_constant_cotangent,
     )
     from keras_curvature.backend.tensorflow_graphs import (
         is_used,
         reaches,
         silent_errors,
+    )
+    from keras_curvature.backend.tensorflow_loops import (
+        loop_over_range,
+        map_over_range,
+        sum_over_chunks,
+        sum_over_range,
+    )
+    from keras_curvature.backend.tensorflow_tapes import (
+        GradientProducts,
+        exact_second_derivatives,
+        finite_difference_products,
+        gradient,
+        with_constant_cotangent,
     )
 else:
     raise ImportError(
