@@ -12,6 +12,8 @@ plots.plot_spectral_density(kc.hessian_spectral_density(model, x, y))
 ```
 """
 
+import types
+
 import numpy as np
 
 #: Blue, orange, green and a grey that people with colour blindness tell apart.
@@ -160,7 +162,8 @@ def plot_spectral_density(density, ax=None, **options):
     """Draws the density of the eigenvalues and a band of two standard errors.
 
     Args:
-        density: a `SpectralDensity`, from `hessian_spectral_density`.
+        density: a `SpectralDensity`, from `hessian_spectral_density`, or the
+            `"spectral_density"` of a monitor's record.
         ax: matplotlib axes to draw on. Defaults to new ones.
         **options: passed on to `ax.plot`.
 
@@ -172,6 +175,10 @@ def plot_spectral_density(density, ax=None, **options):
     """
     if ax is None:
         ax = _pyplot().subplots(figsize=(6, 3.6), layout="constrained")[1]
+    if isinstance(density, dict):
+        density = types.SimpleNamespace(
+            **{k: np.array(v) if isinstance(v, list) else v for k, v in density.items()}
+        )
     # The floor is a tenth of what a single eigenvalue looks like.
     floor = 0.1 / density.size / (density.sigma * np.sqrt(2 * np.pi))
     (line,) = ax.plot(density.grid, density.density, **{"color": BLUE, **options})

@@ -140,6 +140,20 @@ def test_spectral_density(vectors):
     assert plots.plot_spectral_density(density, ax) is ax
 
 
+def test_spectral_density_of_a_record():
+    density = estimators.spectral_density(np.diag([0.0, 1.0, 5.0]), 3, 2)
+    record = {
+        "grid": density.grid.tolist(),
+        "density": density.density.tolist(),
+        "standard_error": density.standard_error.tolist(),
+        "sigma": density.sigma,
+        "size": density.size,
+    }
+    ax = plots.plot_spectral_density(record)
+    np.testing.assert_array_equal(curve(ax), density.density)
+    assert len(ax.collections) == 1
+
+
 def test_missing_matplotlib_is_named(monkeypatch):
     density = estimators.spectral_density(np.diag([0.0, 1.0]), 2, 2)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
