@@ -52,7 +52,7 @@ def density_image(density: Mapping[str, Any]) -> np.ndarray:
     line = row(value)
     upper, lower = row(value + 2 * error), row(np.maximum(value - 2 * error, 0))
     rows = np.arange(_DOWN)[:, None]
-    plot[(rows >= upper) & (rows <= lower)] = _BAND
+    plot[(rows >= upper) & (rows <= lower) & (upper < lower)] = _BAND
     # From one column's height to the next one's, two pixels thick.
     before = np.concatenate([line[:1], line[:-1]])
     first, last = np.minimum(before, line), np.maximum(before, line) + 1

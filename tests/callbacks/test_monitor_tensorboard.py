@@ -90,12 +90,12 @@ def test_spectral_density_is_recorded_and_drawn(tmp_path):
     ]
     assert [r["step"] for r in dense] == [0, 10]
     density = dense[0]["spectral_density"]
-    # A density integrates to one, and its mean is the mean eigenvalue.
+    # A density integrates to one.
     grid, value = np.array(density["grid"]), np.array(density["density"])
-    np.testing.assert_allclose(np.trapezoid(value, grid), 1, rtol=1e-3)
+    np.testing.assert_allclose(value.sum() * (grid[1] - grid[0]), 1, rtol=1e-3)
     assert density["size"] == 31 and len(density["standard_error"]) == len(grid)
-    # All 31 Lanczos steps of two vectors.
-    assert dense[1]["num_matvecs"] - plain[0]["num_matvecs"] == 2 * 31
+    # Two vectors, each with a Lanczos step per weight at most.
+    assert 31 < dense[1]["num_matvecs"] - plain[0]["num_matvecs"] <= 2 * 31
     found = tensors(tmp_path / "curvature")[tags.SPECTRAL_DENSITY]
     assert [e.step for e in found] == [0, 10]
     assert found[0].tensor_proto.string_val[2].startswith(b"\x89PNG")
