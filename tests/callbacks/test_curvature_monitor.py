@@ -307,3 +307,12 @@ def test_lines_do_not_fight_the_progress_bar(verbose, capsys):
 def test_says_nothing_by_default(capsys):
     fit(network(), monitor())
     assert capsys.readouterr().out == ""
+
+
+def test_repr_tells_what_was_seen(tmp_path):
+    watch = monitor(log_dir=tmp_path)
+    assert repr(watch).endswith(f"log_dir={str(tmp_path)!r}, 0 probes>")
+    fit(network(), watch)
+    last = watch.history[-1]
+    assert "update_freq=4" in repr(watch) and "3 probes" in repr(watch)
+    assert f"at step 8 - trace {last['hessian_trace']:.4g}" in repr(watch)

@@ -110,6 +110,12 @@ def test_density_can_be_all_there_is(tmp_path):
     assert all("spectral_density" in record for record in monitor.history)
 
 
+@pytest.mark.parametrize("often", [-1, 0.5, "always"])
+def test_density_needs_a_number_of_probes(often):
+    with pytest.raises(ValueError, match="`spectral_density` must be True.*Received"):
+        kc.CurvatureMonitor(data(), spectral_density=often)
+
+
 def test_several_fits_are_one_run(tmp_path):
     monitor, model = watch(tmp_path), network()
     for _ in range(2):
