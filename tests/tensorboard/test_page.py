@@ -293,6 +293,8 @@ def test_eigenvalue_has_the_limit_of_plain_gradient_descent(page, log_dir):
     with CurvatureWriter(log_dir / "plain") as writer:
         for step in STEPS:
             record = synthetic_record(step, seed=5)
+            if step == STEPS[0]:
+                record["hessian_max_eigenvalue"] = -1.0
             writer.write({k: v for k, v in record.items() if "preconditioned" not in k})
 
     def reloaded():
@@ -307,6 +309,13 @@ def test_eigenvalue_has_the_limit_of_plain_gradient_descent(page, log_dir):
     assert [line.get_attribute("data-name") for line in dashed] == [
         "plain: 2 / learning rate"
     ]
+    # A negative first guess leaves the logarithmic axis, not the other way round.
+    points = {
+        line.get_attribute("data-name"): line.get_attribute("d").count(",")
+        for line in page.all("[data-chart=max_eigenvalue] path.line")
+    }
+    assert points["plain"] == len(STEPS) - 1
+    assert points["sgd"] == points["plain: 2 / learning rate"] == len(STEPS)
     shutil.rmtree(log_dir / "plain")
 
 
