@@ -30,7 +30,7 @@ SECTIONS = {
         estimators.SpectralDensity,
     ],
     "The operator": [kc.HessianOperator],
-    "Step with it": [kc.DiagonalNewton],
+    "Step with it": [kc.DiagonalNewton, kc.CurvatureFeed],
     "Pictures": [plots.plot_history, plots.plot_diagonal, plots.plot_spectral_density],
     "Layers of your own": [kc.LayerRule, kc.register_layer_rule],
 }

@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 __all__ = [
+    "CurvatureFeed",
     "CurvatureMonitor",
     "DiagonalNewton",
     "Estimate",
@@ -25,7 +26,7 @@ try:
         hessian_matrix,
         hessian_trace,
     )
-    from keras_curvature.callbacks import CurvatureMonitor
+    from keras_curvature.callbacks import CurvatureFeed, CurvatureMonitor
     from keras_curvature.estimators import Estimate
     from keras_curvature.layer_rules import LayerRule, register_layer_rule
     from keras_curvature.operators import HessianOperator

@@ -62,8 +62,9 @@ def stability_threshold(optimizer):
     | optimizer | threshold |
     |---|---|
     | SGD with momentum β | `(2 + 2β) / η` |
-    | Adam, AdamW, DiagonalNewton (momentum as an average, β₁) | `(2 + 2β₁) / ((1 − β₁) η)` |
+    | Adam, AdamW (momentum as an average, β₁) | `(2 + 2β₁) / ((1 − β₁) η)` |
     | RMSprop without momentum | `2 / η` |
+    | DiagonalNewton | what its `stability_threshold` says |
 
     Args:
         optimizer: a Keras optimizer.
@@ -80,7 +81,9 @@ def stability_threshold(optimizer):
         return (2 + 2 * optimizer.momentum) / rate
     if type(optimizer) is keras.optimizers.RMSprop and not optimizer.momentum:
         return 2 / rate
-    if type(optimizer) in _ADAM or hasattr(optimizer, "preconditioner"):
+    if hasattr(optimizer, "stability_threshold"):
+        return optimizer.stability_threshold()
+    if type(optimizer) in _ADAM:
         beta = optimizer.beta_1
         return (2 + 2 * beta) / ((1 - beta) * rate)
     return None

@@ -13,23 +13,25 @@ from keras import ops
 #: Decay of the average of squared gradients: Adam's default, a memory of 1 000 steps.
 GRADIENT_DECAY = 0.999
 
-#: The length, in units of the parameters, in which curvature and gradient compare.
-#: Networks are initialised so that Adam's steps of this length are long but sane.
-UNIT_STEP = 0.01
+#: Share of the newest gradient in a step; the rest is its average.
+NEWEST = 0.5
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class DiagonalNewton(keras.optimizers.Optimizer):
-    """Newton's method with the diagonal of the Hessian.
+    """Newton's method with the diagonal of the Hessian, within a trust radius.
 
-    Each parameter's step is its averaged gradient divided by the size of its own
-    curvature: long where the loss is flat, short where it is steep.
+    Each parameter's step is its gradient divided by the size of its own curvature:
+    long where the loss is flat, short where it is steep, and nowhere longer than the
+    quadratic picture can be trusted.
 
     ```
     m ← β₁ m + (1 − β₁) g            m̂ = m / (1 − β₁ᵗ)          every step
     v ← β₃ v + (1 − β₃) g²           v̂ = v / (1 − β₃ᵗ)          every step
     ĥ ← ĥ + (1 − β₂) / (1 − β₂ᵏ) (d − ĥ)                        every delivery
-    θ ← θ − η clip(m̂, ±c √v̂) / (|ĥ| + λ (mean|ĥ| + √v̂ / ρ))     every step
+    u = κ g + (1 − κ) m̂                                         every step
+    r = √(ρ² + τ² θ²)                                           every step
+    θ ← θ − η clip(u, ±√v̂) / (|ĥ| + √v̂ / r)                     every step
     ```
 
     | symbol | meaning | argument |
@@ -42,34 +44,28 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     | m̂, β₁ | debiased average of gradients, its decay per step | `beta_1` |
     | ĥ, β₂ | debiased average of diagonals, its decay per delivery | `beta_2` |
     | v̂, β₃ | debiased average of squared gradients, its decay | 0.999 |
-    | λ | damping, relative to the variable's own scales | `damping` |
-    | ρ | the length in which curvature and gradient compare | 0.01 |
-    | c | clip of the step | `step_clip` |
+    | u, κ | gradient that is followed, the newest one's share in it | 0.5 |
+    | r | trust radius, a length for each entry | |
+    | ρ | trust radius of a parameter that is zero | `radius` |
+    | τ | trust radius of a large parameter, relative to its size | `relative_radius` |
 
     *Curvature* is averaged with its sign, so that an unbiased estimate stays one and
     its noise cancels. The average counts deliveries, not steps; its first value is
     the first delivery. Negative curvature is used by its size: the step leads away
     from a maximum as fast as it would lead to a minimum.
 
-    *Damping* keeps Newton's steps where the quadratic picture is good, and has two
-    scales. One is the variable's mean absolute curvature: entries with next to none
-    count as having a fraction λ of it. But a whole variable can have little
-    curvature (early layers of a deep network), and its Newton step is then far
-    longer than the picture holds. So the other is the curvature `√v̂ / ρ` at which a
-    gradient of its usual size asks for a step of ρ. The step is the shorter, roughly,
-    of Newton's, `η m̂ / |ĥ|`, and Adam's with a learning rate of `η ρ / λ`.
-    `damping=0` is the plain Newton step, which reaches the minimum of a separable
-    quadratic at once and suits nothing but quadratics.
+    *The trust radius* r is the length of the Newton step up to which the quadratic
+    picture is taken to hold, for a gradient of its usual size `√v̂`. Where Newton's
+    step is shorter, it is taken, `η u / |ĥ|`; where it would be longer, what remains
+    is Adam's step with a learning rate of `η r`. The radius grows with the
+    parameter, so that any magnitude is reached in few steps. No entry moves by more
+    than `η r` in a step, whatever its gradient. `radius=None` is the plain Newton step, which
+    reaches the minimum of a separable quadratic at once and suits nothing but
+    quadratics. Keras' `clipnorm` and its relatives act before all of this, on the
+    raw gradient.
 
-    *The clip* holds back spikes, entry by entry, in terms of the gradient's usual
-    size, so that it is blind to scale and never binds in the first step or while
-    gradients shrink. No entry can move by more than `η c ρ / λ` in a step. Keras'
-    `clipnorm` and its relatives act before all of this, on the raw gradient.
-
-    *Without curvature*, before the first delivery or where ĥ is zero all over a
-    variable, what remains is Adam: with the defaults, of learning rate 0.01.
-    A gradient alone has no scale to tell a step's length from, but it has a sign
-    and a usual size. A warning tells of it once.
+    *Without curvature*, before the first delivery, what remains is Adam's step
+    everywhere. A warning tells of it once.
 
     From AdaHessian (Yao et al., AAAI 2021, arXiv 2006.00719) comes momentum divided
     by a debiased average of the diagonal. It averages the squares of single noisy
@@ -79,25 +75,27 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     diagonals, and that a Newton step needs a bound for each entry. Its bound is a
     fixed length, sharp and the same for all; entries of negative curvature step that
     far by the sign of their momentum; it does not debias. The absolute value is that
-    of saddle-free Newton (Dauphin et al. 2014, arXiv 1406.2572), and v̂ is Adam's.
+    of saddle-free Newton (Dauphin et al. 2014, arXiv 1406.2572), v̂ is Adam's, and the
+    mean of gradient and momentum is quasi-hyperbolic momentum (Ma and Yarats, ICLR
+    2019, arXiv 1810.06801). docs/optimizer.md compares the rule with others.
 
     ```python
     model.compile(optimizer=kc.DiagonalNewton(), loss="mse")
-    model.fit(x, y, callbacks=[kc.CurvatureMonitor((x_probe, y_probe), update_freq=10)])
+    model.fit(x, y, callbacks=[kc.CurvatureMonitor((x_probe, y_probe), update_freq=20)])
     ```
 
     Args:
         learning_rate: a float, a `keras.optimizers.schedules.LearningRateSchedule`,
             or a callable without arguments that returns the value to use. The
-            fraction of a Newton step to take. Defaults to `0.1`.
+            fraction of a Newton step to take. Defaults to `0.2`.
         beta_1: float in [0, 1), the decay of the average of gradients per step.
             Defaults to `0.9`.
         beta_2: float in [0, 1), the decay of the average of diagonals per delivery.
-            Defaults to `0.9`.
-        damping: float, at least 0. More damping makes shorter steps, more like
-            Adam's; 0 makes plain Newton steps. Defaults to `0.1`.
-        step_clip: positive float, the longest step in units of the step that a
-            gradient of the usual size would cause; or `None`. Defaults to `1.0`.
+            Defaults to `0.95`.
+        radius: positive float, the trust radius of a parameter that is zero, in units
+            of the parameters; or `None` for plain Newton steps. Defaults to `0.1`.
+        relative_radius: float, at least 0: the trust radius of a large parameter, as
+            a share of its size. Defaults to `0.3`.
         weight_decay: float or `None`. Decoupled: each step takes
             `learning_rate * weight_decay` of each variable off it. Learning rates
             here are larger than Adam's, so decays are smaller.
@@ -121,11 +119,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.1,
+        learning_rate=0.2,
         beta_1=0.9,
-        beta_2=0.9,
-        damping=0.1,
-        step_clip=1.0,
+        beta_2=0.95,
+        radius=0.1,
+        relative_radius=0.3,
         weight_decay=None,
         clipnorm=None,
         clipvalue=None,
@@ -157,19 +155,20 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 raise ValueError(
                     f"`{key}` must be at least 0 and below 1. Received: {key}={value}"
                 )
-        if not damping >= 0:
+        if radius is not None and not radius > 0:
             raise ValueError(
-                f"`damping` must be at least 0. Received: damping={damping}"
+                "`radius` must be positive, or None for plain Newton steps. "
+                f"Received: radius={radius}"
             )
-        if step_clip is not None and not step_clip > 0:
+        if not relative_radius >= 0:
             raise ValueError(
-                "`step_clip` must be positive, or None for no clip. "
-                f"Received: step_clip={step_clip}"
+                "`relative_radius` must be at least 0. "
+                f"Received: relative_radius={relative_radius}"
             )
         self.beta_1 = beta_1
         self.beta_2 = beta_2
-        self.damping = damping
-        self.step_clip = step_clip
+        self.radius = radius
+        self.relative_radius = relative_radius
         self._has_curvature = False
         self._warned = False
 
@@ -227,8 +226,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         m, v = self._momentums[index], self._second_moments[index]
         self.assign_add(m, (gradient - m) * (1 - self.beta_1))
         self.assign_add(v, (ops.square(gradient) - v) * (1 - GRADIENT_DECAY))
+        average, usual, curvature = self._debiased(index, self.iterations + 1)
         direction = newton_direction(
-            *self._debiased(index, self.iterations + 1), self.damping, self.step_clip
+            NEWEST * gradient + (1 - NEWEST) * average,
+            usual,
+            curvature,
+            ops.convert_to_tensor(variable),
+            self.radius,
+            self.relative_radius,
         )
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * direction)
 
@@ -268,29 +273,56 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 arrays or a wrong shape.
         """
         self._check_diagonals(diagonals)
+        return self.absorbed(self.absorb(diagonals))
+
+    def absorb(self, diagonals):
+        """The part of `update_hessian_diagonal` that may run inside a graph.
+
+        Args:
+            diagonals: list of tensors, as for `update_hessian_diagonal`, unchecked.
+
+        Returns:
+            Whether all entries are finite, a tensor. If not, nothing has changed.
+        """
         pairs = [
             (slot, ops.cast(ops.convert_to_tensor(diagonal), slot.dtype))
             for slot, diagonal in zip(self._curvatures, diagonals, strict=True)
             if slot is not None
         ]
         finite = ops.all(ops.stack([ops.all(ops.isfinite(d)) for _, d in pairs]))
-        if not bool(finite):
-            warnings.warn(
-                f"`{self.name}` was given a Hessian diagonal with entries that are not "
-                "finite, and keeps the curvature it has. If this goes on, training "
-                "has diverged, or the loss overflows in low precision: lower the "
-                "learning rate, or probe in float32.",
-                stacklevel=2,
-            )
-            return False
-        updates = self.curvature_updates + 1
-        weight = (1 - self.beta_2) / (1 - self.beta_2**updates)
+        taken = ops.cast(finite, "int32")
+        updates = self._curvature_updates + taken
         for slot, diagonal in pairs:
-            slot.assign_add((diagonal - slot) * weight)
+            weight = (1 - self.beta_2) / _summed_weights(
+                self.beta_2, ops.maximum(updates, 1), slot.dtype
+            )
+            change = ops.where(finite, diagonal - slot, ops.zeros_like(diagonal))
+            slot.assign_add(change * weight)
         self._curvature_updates.assign(updates)
-        self._curvature_step.assign(self.iterations)
-        self._has_curvature = True
-        return True
+        step = ops.where(finite, self.iterations + 0, self._curvature_step + 0)
+        self._curvature_step.assign(step)
+        return finite
+
+    def absorbed(self, finite):
+        """What follows `absorb`, outside the graph: a warning for what is not finite.
+
+        Args:
+            finite: what `absorb` returned.
+
+        Returns:
+            Whether the diagonal was taken in.
+        """
+        if bool(finite):
+            self._has_curvature = True
+            return True
+        warnings.warn(
+            f"`{self.name}` was given a Hessian diagonal with entries that are not "
+            "finite, and keeps the curvature it has. If this goes on, training "
+            "has diverged, or the loss overflows in low precision: lower the "
+            "learning rate, or probe in float32.",
+            stacklevel=2,
+        )
+        return False
 
     def _check_diagonals(self, diagonals):
         if not self.built:
@@ -322,51 +354,61 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """Number of diagonals taken in so far, an integer."""
         return _number(self._curvature_updates) if self.built else 0
 
-    def statistics(self):
+    def statistics(self, sums=None):
         """What the last step was made of, read from the slots when called.
 
         Costs about one step's arithmetic, and nothing when not called.
 
+        Args:
+            sums: what `statistic_sums` returned, if it was run already.
+
         Returns:
             Dictionary of floats: `curvature_age`, steps since the last diagonal was
             taken in (`nan` if none was); `step_size`, the root mean square over all
-            parameters of the last step's change, without weight decay;
-            `clipped_share`, the share of entries whose step was clipped;
-            `negative_share`, the share of entries with negative curvature.
+            parameters of the step that the averaged gradient asks for, without
+            weight decay; `clipped_share`, the share of entries in which the average
+            exceeds the gradient's usual size; `newton_share`, the share of entries
+            in which curvature weighs more than the trust radius; `negative_share`,
+            the share of entries with negative curvature.
 
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        if not self.built:
-            raise ValueError("The optimizer has not been built: it took no step yet.")
-        taken = ops.maximum(self.iterations, 1)
-        sums, size = 0, 0
-        for index, slot in enumerate(self._momentums):
-            if slot is None:
-                continue
-            m_hat, usual, h = self._debiased(index, taken)
-            direction = newton_direction(m_hat, usual, h, self.damping, self.step_clip)
-            clip = np.inf if self.step_clip is None else self.step_clip
-            counted = (
-                ops.square(direction),
-                # Shortened by rounding alone (the first step, with c = 1) is not
-                # clipped.
-                ops.abs(m_hat) > 1.001 * clip * usual,
-                h < 0,
-            )
-            sums += ops.stack([ops.sum(ops.cast(c, "float32")) for c in counted])
-            size += int(np.prod(slot.shape))
-        square, clipped, negative = ops.convert_to_numpy(sums) / size
+        self._check_built()
+        sums = ops.convert_to_numpy(self.statistic_sums() if sums is None else sums)
+        square, clipped, newton, negative = sums[:-1] / sums[-1]
         age = _number(self.iterations) - _number(self._curvature_step)
         return {
             "curvature_age": float(age) if self.curvature_updates else float("nan"),
             "step_size": _number(self.learning_rate) * float(square) ** 0.5,
             "clipped_share": float(clipped),
+            "newton_share": float(newton),
             "negative_share": float(negative),
         }
 
+    def statistic_sums(self):
+        """The part of `statistics` that may run inside a graph: five sums."""
+        taken = ops.maximum(self.iterations, 1)
+        sums, size = 0, 0
+        for index, slot in enumerate(self._momentums):
+            if slot is None:
+                continue
+            average, usual, h = self._debiased(index, taken)
+            at = self._trainable_variables[index] + 0
+            radii = self.radius, self.relative_radius
+            counted = (
+                ops.square(newton_direction(average, usual, h, at, *radii)),
+                # Shortened by rounding alone (the first step) is not clipped.
+                ops.abs(average) > 1.001 * usual,
+                2 * ops.abs(h) > damped_curvature(usual, h, at, *radii),
+                h < 0,
+            )
+            sums += ops.stack([ops.sum(ops.cast(c, "float32")) for c in counted])
+            size += int(np.prod(slot.shape))
+        return ops.append(sums, ops.cast(size, "float32"))
+
     def preconditioner(self):
-        """What the last step divided the averaged gradient by.
+        """What a step from here divides the gradient by.
 
         Returns:
             List of tensors, one for each trainable variable that the optimizer was
@@ -375,14 +417,37 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        if not self.built:
-            raise ValueError("The optimizer has not been built: it took no step yet.")
+        self._check_built()
         taken = ops.maximum(self.iterations, 1)
         parts = []
-        for index in range(len(self._momentums)):
+        for index, variable in enumerate(self._trainable_variables):
             _, usual, curvature = self._debiased(index, taken)
-            parts.append(damped_curvature(usual, curvature, self.damping))
+            parts.append(
+                damped_curvature(
+                    usual,
+                    curvature,
+                    variable + 0,
+                    self.radius,
+                    self.relative_radius,
+                )
+            )
         return parts
+
+    def stability_threshold(self):
+        """The curvature, over `preconditioner`, above which steps are unstable.
+
+        On a quadratic: `2 (1 + β₁) / (η ((1 − κ)(1 − β₁) + κ (1 + β₁)))`.
+
+        Returns:
+            A float; infinite for a learning rate of zero.
+        """
+        beta, rate = self.beta_1, _number(self.learning_rate)
+        gain = (1 - NEWEST) * (1 - beta) + NEWEST * (1 + beta)
+        return 2 * (1 + beta) / (rate * gain) if rate > 0 else float("inf")
+
+    def _check_built(self):
+        if not self.built:
+            raise ValueError("The optimizer has not been built: it took no step yet.")
 
     def load_own_variables(self, store):
         """Restores the slots from a saved file; see `keras.optimizers.Optimizer`."""
@@ -396,49 +461,52 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             {
                 "beta_1": self.beta_1,
                 "beta_2": self.beta_2,
-                "damping": self.damping,
-                "step_clip": self.step_clip,
+                "radius": self.radius,
+                "relative_radius": self.relative_radius,
             }
         )
         return config
 
 
-def newton_direction(gradient, usual, curvature, damping, step_clip):
+def newton_direction(gradient, usual, curvature, values, radius, relative_radius):
     """The update rule: where one variable goes, before the learning rate.
 
     Args:
-        gradient: tensor, the debiased average of gradients, m̂.
+        gradient: tensor, the gradient that is followed, u.
         usual: tensor, the gradient's usual size √v̂, entry by entry.
         curvature: tensor, the debiased average of diagonals, ĥ; all zero while there
             is none.
-        damping: float λ ≥ 0.
-        step_clip: float c > 0, or `None`.
+        values: tensor, the variable's values θ.
+        radius: float ρ > 0, or `None`.
+        relative_radius: float τ ≥ 0.
 
     Returns:
-        Tensor: `clip(m̂, ±c √v̂) / (|ĥ| + λ (mean|ĥ| + √v̂ / ρ))`.
+        Tensor: `clip(u, ±√v̂) / (|ĥ| + √v̂ / √(ρ² + τ² θ²))`.
     """
-    if step_clip is not None:
-        gradient = ops.clip(gradient, -step_clip * usual, step_clip * usual)
-    damped = damped_curvature(usual, curvature, damping)
-    return gradient / ops.where(damped > 0, damped, 1)
+    damped = damped_curvature(usual, curvature, values, radius, relative_radius)
+    clipped = ops.clip(gradient, -usual, usual)
+    return clipped / ops.where(damped > 0, damped, 1)
 
 
-def damped_curvature(usual, curvature, damping):
-    """What the update rule divides by: `|ĥ| + λ (mean|ĥ| + √v̂ / ρ)`.
+def damped_curvature(usual, curvature, values, radius, relative_radius):
+    """What the update rule divides by: `|ĥ| + √v̂ / √(ρ² + τ² θ²)`.
 
     Args:
         usual: tensor, the gradient's usual size √v̂, entry by entry.
         curvature: tensor, the debiased average of diagonals, ĥ.
-        damping: float λ ≥ 0.
+        values: tensor, the variable's values θ.
+        radius: float ρ > 0, or `None`.
+        relative_radius: float τ ≥ 0.
 
     Returns:
         Tensor, zero only where there is neither curvature nor gradient.
     """
     size = ops.abs(curvature)
-    uncurved = usual / UNIT_STEP
-    damped = size + damping * (ops.mean(size) + uncurved)
-    # No curvature to speak of, which needs damping=0: Adam's step instead.
-    return ops.where(damped > 1e-12 * uncurved, damped, uncurved)
+    if radius is not None:
+        grown = ops.sqrt(radius**2 + ops.square(relative_radius * values))
+        return size + usual / grown
+    # Where there is no curvature to speak of, a step of length 1 instead.
+    return ops.where(size > 1e-12 * usual, size, usual)
 
 
 def _summed_weights(decay, steps, dtype):

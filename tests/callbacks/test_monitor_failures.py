@@ -131,7 +131,7 @@ def test_full_disk(method, tmp_path, monkeypatch):
 def test_diverged_training(tmp_path):
     """Weights that are not numbers, from the third step or so on."""
     x, y = data()
-    optimizer = kc.DiagonalNewton(1e20, damping=0, step_clip=None)
+    optimizer = kc.DiagonalNewton(1e20, radius=None)
     model = network(optimizer=optimizer)
     watch = kc.CurvatureMonitor((x, y), 2, tmp_path, num_matvecs=6)
     with pytest.warns(UserWarning) as caught:

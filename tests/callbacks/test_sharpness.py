@@ -65,7 +65,9 @@ def test_adam_divides_by_the_root_of_its_average_of_squares():
 
 
 def test_diagonal_newton_tells_what_it_divides_by():
-    model, op = trained(kc.DiagonalNewton(1.0, beta_1=0.0, step_clip=None), epochs=0)
+    model, op = trained(
+        kc.DiagonalNewton(1.0, beta_1=0.0, relative_radius=0.0), epochs=0
+    )
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     optimizer.update_hessian_diagonal(kc.hessian_diagonal(op).value)

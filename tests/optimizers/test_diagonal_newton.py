@@ -16,8 +16,8 @@ RTOL = {"float32": 2e-5, "float64": 1e-11}
 class Reference:
     """The formula of the class docstring for one variable, in NumPy."""
 
-    def __init__(self, beta_1=0.9, beta_2=0.9, damping=0.1, step_clip=1.0):
-        self.betas, self.damping, self.step_clip = (beta_1, beta_2), damping, step_clip
+    def __init__(self, beta_1=0.9, beta_2=0.95, radius=0.1, relative_radius=0.3):
+        self.betas, self.radii = (beta_1, beta_2), (radius, relative_radius)
         self.m = self.v = self.h = 0.0
         self.steps = self.updates = 0
 
@@ -26,7 +26,7 @@ class Reference:
         self.updates += 1
         self.h = (1 - beta) * diagonal + beta * self.h
 
-    def direction(self, gradient):
+    def direction(self, gradient, values):
         beta = self.betas[0]
         self.steps += 1
         self.m = beta * self.m + (1 - beta) * gradient
@@ -34,10 +34,9 @@ class Reference:
         m = self.m / (1 - beta**self.steps)
         usual = np.sqrt(self.v / (1 - 0.999**self.steps))
         h = self.h / (1 - self.betas[1] ** self.updates) if self.updates else 0.0
-        if self.step_clip is not None:
-            m = np.clip(m, -self.step_clip * usual, self.step_clip * usual)
-        mean = np.mean(np.abs(h))
-        return m / (np.abs(h) + self.damping * (mean + usual / 0.01))
+        followed = np.clip((gradient + m) / 2, -usual, usual)
+        radius = np.hypot(self.radii[0], self.radii[1] * values)
+        return followed / (np.abs(h) + usual / radius)
 
 
 def built(values, **arguments):
@@ -66,25 +65,25 @@ def test_quadratic_in_one_step():
     """Curvatures over six decades, two of them negative: minimum, or its mirror."""
     h = np.array([1e-3, -0.5, 1.0, 40.0, -1e3], "float32")
     start = np.array([5.0, -2.0, 0.3, 100.0, -1e-2], "float32")
-    optimizer, (x,) = built([start], learning_rate=1.0, damping=0.0)
+    optimizer, (x,) = built([start], learning_rate=1.0, radius=None)
     optimizer.update_hessian_diagonal([h])
     optimizer.apply([h * start])
     end = (x.numpy() - start) / np.abs(start)
     np.testing.assert_allclose(end, -np.sign(h * start), 2e-6)
 
 
-@pytest.mark.parametrize("step_clip", [0.5, 1.0, None])
+@pytest.mark.parametrize("relative_radius", [0.0, 0.5])
 @pytest.mark.parametrize("beta_1", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_trajectory(dtype, beta_1, step_clip, request):
+def test_trajectory(dtype, beta_1, relative_radius, request):
     """30 steps, 8 deliveries and a gradient spike, against the formula."""
     if dtype == "float64":
         request.getfixturevalue("float64")
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(s) for s in ((3, 2), (4,))]
-    arguments = {"beta_1": beta_1, "beta_2": 0.7, "step_clip": step_clip}
-    optimizer, variables = built(start, learning_rate=0.3, damping=0.2, **arguments)
-    references = [Reference(damping=0.2, **arguments) for _ in start]
+    arguments = {"beta_1": beta_1, "beta_2": 0.7, "relative_radius": relative_radius}
+    optimizer, variables = built(start, learning_rate=0.3, radius=0.2, **arguments)
+    references = [Reference(radius=0.2, **arguments) for _ in start]
     for step in range(30):
         if step % 4 == 0 and step:
             diagonals = [rng.standard_normal(s.shape) for s in start]
@@ -98,33 +97,37 @@ def test_trajectory(dtype, beta_1, step_clip, request):
         for i, (reference, gradient) in enumerate(
             zip(references, gradients, strict=True)
         ):
-            start[i] = start[i] - 0.3 * reference.direction(gradient)
+            start[i] = start[i] - 0.3 * reference.direction(gradient, start[i])
             np.testing.assert_allclose(
                 variables[i].numpy(), start[i], RTOL[dtype], RTOL[dtype]
             )
 
 
 def test_sizes_in_the_rule():
-    """Negative curvature steps like positive, and zero by the damping alone."""
-    gradient = np.array([2.0, 2.0, 2.0], "float32")
+    """Negative curvature steps like positive; with none it is Adam's, of the radius."""
+    ones = np.ones(4)
     direction = newton_direction(
-        gradient, np.full(3, 1e-9, "float32"), np.array([3.0, -3.0, 0]), 0.5, None
+        2 * ones, 4 * ones, ones * [1e6, -1e6, 0, 0], ones * [0, 0, 0, 10], 0.5, 0.1
     )
-    np.testing.assert_allclose(direction, [0.5, 0.5, 2.0], 1e-6)
+    np.testing.assert_allclose(
+        direction, [2e-6, 2e-6, 0.25, np.hypot(0.5, 1) / 2], 1e-4
+    )
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("radius", [None, 0.1])
 @pytest.mark.parametrize("curvature", [0.0, 2e-38, -2e-38])
-def test_no_curvature_is_never_far(curvature, damping):
-    """Steps stay finite, and with damping within the bound of the docstring."""
+def test_no_curvature_is_never_far(curvature, radius):
+    """Steps stay finite, and within the radius."""
     gradient = np.array([0.0, 1e-12, 1.0, -1e12], "float32")
     direction = newton_direction(
-        gradient, np.abs(gradient), np.full(4, curvature, "float32"), damping, 1.0
+        gradient,
+        np.abs(gradient),
+        np.full(4, curvature, "float32"),
+        np.zeros(4, "float32"),
+        radius,
+        0.1,
     )
-    assert np.isfinite(direction).all()
-    if damping or not curvature:
-        limit = 0.01 / (damping or 1)
-        np.testing.assert_allclose(direction, np.sign(gradient) * limit, 1e-6)
+    np.testing.assert_allclose(direction, np.sign(gradient) * (radius or 1), 1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -142,14 +145,45 @@ def test_blind_to_the_scale_of_the_loss(scale):
 
 
 def test_no_entry_moves_further_than_promised():
-    """`η c ρ / λ`, even if the gradient leaps and the curvature vanishes."""
-    optimizer, (x,) = built([np.zeros(50)], learning_rate=0.3, step_clip=0.8)
+    """`η √(ρ² + τ² θ²)`, even if the gradient leaps and the curvature vanishes."""
+    optimizer, (x,) = built([np.linspace(-9, 9, 50)], learning_rate=0.3, radius=0.2)
     rng = np.random.default_rng(2)
     for exponent in [0] * 40 + [6, 0, 12]:
         optimizer.update_hessian_diagonal([10.0**-exponent * rng.standard_normal(50)])
         before = x.numpy()
         optimizer.apply([(10.0**exponent * rng.standard_normal(50)).astype("float32")])
-        assert np.abs(x.numpy() - before).max() <= 0.3 * 0.8 * 0.01 / 0.1 * 1.0001
+        promised = 0.3 * np.hypot(0.2, 0.3 * before)
+        assert (np.abs(x.numpy() - before) <= 1.0001 * promised).all()
+
+
+def test_any_magnitude_is_reached():
+    """Minima over six decades with matching curvatures, from zero, in 300 steps."""
+    goal = np.array([1e-3, 1.0, 1e3], "float32")
+    optimizer, (x,) = built([np.zeros(3)])
+    for _ in range(300):
+        optimizer.update_hessian_diagonal([goal**-2])
+        optimizer.apply([(x.numpy() - goal) / goal**2])
+    np.testing.assert_allclose(x.numpy(), goal, 0.01)
+
+
+@pytest.mark.parametrize("beta_1", [0.0, 0.9])
+def test_stable_up_to_the_threshold(beta_1):
+    """On a quadratic whose entries are coupled; just beyond it, steps grow."""
+    hessian = np.array([[1.0, 0.9], [0.9, 1.0]])
+    for factor, stable in ((0.97, True), (1.03, False)):
+        rate = 0.1
+        optimizer, (x,) = built(
+            [[1e-6, 1e-6]], learning_rate=rate, beta_1=beta_1, radius=None
+        )
+        scale = factor * optimizer.stability_threshold() / 1.9
+        for _ in range(400):
+            optimizer.update_hessian_diagonal([[1.0, 1.0]])
+            before = np.abs(x.numpy()).max()
+            # Clipped where it grows beyond its usual size, so only the trend counts.
+            optimizer.apply([scale * hessian @ x.numpy()])
+            if before < 1e-12:
+                break
+        assert (before < 1e-9) == stable
 
 
 # The hand-over
@@ -157,7 +191,7 @@ def test_no_entry_moves_further_than_promised():
 
 def test_delivery_is_used_in_the_next_step():
     """Not a step later, and not averaged away when `beta_2` is 0."""
-    optimizer, (x,) = built([np.zeros(1)], learning_rate=1.0, damping=0.0, beta_2=0.0)
+    optimizer, (x,) = built([np.zeros(1)], learning_rate=1.0, radius=None, beta_2=0.0)
     for curvature in (4.0, 2.0, 8.0):
         x.assign([1.0])
         assert optimizer.update_hessian_diagonal([[curvature]])
@@ -207,8 +241,9 @@ def test_one_warning_without_curvature():
     optimizer, (x,) = built([np.zeros(2)])
     with pytest.warns(UserWarning, match="CurvatureMonitor"):
         optimizer.apply([keras.ops.array([3.0, -4.0])])
-    # Adam's first step, of learning rate 0.01.
-    np.testing.assert_allclose(x.numpy(), [-0.01, 0.01], 1e-5)
+    # Adam's first step, of learning rate `η ρ`.
+    rate = DiagonalNewton().learning_rate * 0.1
+    np.testing.assert_allclose(x.numpy(), [-rate, rate], 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.apply([keras.ops.array([3.0, -4.0])])
@@ -219,16 +254,19 @@ def test_one_warning_without_curvature():
 
 def test_statistics():
     """One entry of four clipped, two of negative curvature."""
-    optimizer, _ = built([np.zeros(3), np.zeros(1)], learning_rate=0.2, beta_1=0.0)
+    optimizer, _ = built(
+        [np.zeros(3), np.zeros(1)], learning_rate=0.2, beta_1=0.0, relative_radius=0.0
+    )
     with pytest.raises(ValueError, match="built"):
         DiagonalNewton().statistics()
     quietly(optimizer.apply, [keras.ops.ones(3), keras.ops.ones(1)])
     figures = optimizer.statistics()
     assert np.isnan(figures.pop("curvature_age"))
-    assert figures.pop("step_size") == pytest.approx(0.2 * 0.01 / 0.1)
-    assert figures == {"clipped_share": 0.0, "negative_share": 0.0}
+    assert figures.pop("step_size") == pytest.approx(0.2 * 0.1)
+    shares = {"clipped_share": 0.0, "newton_share": 0.0, "negative_share": 0.0}
+    assert figures == shares
 
-    optimizer.update_hessian_diagonal([[1.0, -2.0, 3.0], [-1.0]])
+    optimizer.update_hessian_diagonal([[100.0, -200.0, 3.0], [-1.0]])
     before = np.zeros(4), 0.0
     for gradient in ([1.0, 1.0, 1.0], [1.0, 1.0, 5.0]):
         before = np.concatenate([v.numpy() for v in optimizer._trainable_variables])
@@ -237,6 +275,7 @@ def test_statistics():
     figures = optimizer.statistics()
     assert figures["curvature_age"] == 2
     assert figures["clipped_share"] == 0.25
+    assert figures["newton_share"] == 0.5
     assert figures["negative_share"] == 0.5
     # The figure is computed from the slots, the change from two nearby float32.
     assert figures["step_size"] == pytest.approx(np.sqrt(np.mean(moved**2)), 1e-4)
@@ -260,8 +299,8 @@ def test_config_round_trip():
         "learning_rate": 0.25,
         "beta_1": 0.8,
         "beta_2": 0.7,
-        "damping": 0.2,
-        "step_clip": None,
+        "radius": None,
+        "relative_radius": 0.2,
         "weight_decay": 0.01,
         "clipnorm": 2.0,
         "clipvalue": None,
@@ -292,9 +331,9 @@ def test_defaults_survive_the_config():
     [
         {"beta_1": 1.0},
         {"beta_2": -0.1},
-        {"damping": -1.0},
-        {"damping": float("nan")},
-        {"step_clip": 0.0},
+        {"radius": 0.0},
+        {"radius": float("nan")},
+        {"relative_radius": -0.1},
     ],
 )
 def test_argument_errors(argument):

@@ -145,7 +145,7 @@ def test_trajectory_in_fit(mode, float64):
             if norm > 0.5 and ("clipnorm" in mode or "global_clipnorm" in mode):
                 held *= 0.5 / norm
             w = w - rate * mode.get("weight_decay", 0.0) * w
-            w = w - rate * reference.direction(held)
+            w = w - rate * reference.direction(held, w)
             held = np.zeros_like(w)
         momentum = 0.6 if batch else 0.0
         average = momentum * average + (1 - momentum) * w
@@ -168,14 +168,15 @@ class Reference:
         self.updates += 1
         self.h = (1 - self.beta_2) * diagonal + self.beta_2 * self.h
 
-    def direction(self, gradient):
+    def direction(self, gradient, values):
         self.steps += 1
         self.m = 0.9 * self.m + 0.1 * gradient
         self.v = 0.999 * self.v + 0.001 * gradient**2
         m = self.m / (1 - 0.9**self.steps)
         usual = np.sqrt(self.v / (1 - 0.999**self.steps))
         h = np.abs(self.h / (1 - self.beta_2**self.updates))
-        return np.clip(m, -usual, usual) / (h + 0.1 * (h.mean() + usual / 0.01))
+        followed = np.clip((gradient + m) / 2, -usual, usual)
+        return followed / (h + usual / np.hypot(0.1, 0.3 * values))
 
 
 def test_weight_decay_exclusions():
