@@ -1,0 +1,263 @@
+"""From the results to the tables and pictures of docs/optimizer.md."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+from methods import METHODS
+from tasks import TASKS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "optimizers"
+PAGE = ROOT / "docs" / "optimizer.md"
+IMAGES = ROOT / "docs" / "images"
+
+BASELINE = "AdamW"
+DRAWN = ("AdamW", "Muon", "Sophia", "DiagonalNewton", "DiagonalNewton, defaults")
+
+
+def load(task):
+    """The results of a task by method; empty if there are none."""
+    path = RESULTS / f"{task}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def save(task, results, environment):
+    """Writes the results of a task, rounded to what the figures are good for."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment, "results": _rounded(results)}
+    text = json.dumps(content, indent=1)
+    # Lists of numbers on one line.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: " ".join(m.group().split()), text)
+    (RESULTS / f"{task}.json").write_text(text + "\n")
+
+
+def _rounded(x):
+    if isinstance(x, dict):
+        return {key: _rounded(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_rounded(value) for value in x]
+    if isinstance(x, float):
+        return float(f"{x:.5g}") if math.isfinite(x) else None
+    return x
+
+
+def finals(result, key="held_out"):
+    """The final losses of all seeds; infinite where training diverged."""
+    losses = [
+        run["held_out"][-1] if key == "held_out" else run["final_train"]
+        for run in result["runs"]
+    ]
+    return np.array([math.inf if loss is None else loss for loss in losses])
+
+
+def to_target(result, target, key):
+    """Median over the seeds of the steps or seconds until the target is reached.
+
+    Interpolated between evaluations; infinite if most seeds do not get there.
+    """
+    found = []
+    for run in result["runs"]:
+        losses = [math.inf if x is None else x for x in run["held_out"]]
+        hits = [i for i, loss in enumerate(losses) if loss <= target]
+        if not hits:
+            found.append(math.inf)
+            continue
+        i, x = hits[0], run[key]
+        if i and math.isfinite(losses[i - 1]):
+            part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+            found.append(x[i - 1] + part * (x[i] - x[i - 1]))
+        else:
+            found.append(x[i])
+    return float(np.median(found))
+
+
+def sensitivity(result, parameter):
+    """Worst loss over best in the trials within a hundredfold range of rates."""
+    value = result[parameter]
+    trials = [(r, math.inf if x is None else x) for r, v, x in result["trials"]]
+    if not trials:
+        return math.nan
+    best = min(x for _, x in trials)
+    del value
+    first = sorted(trials[:5])
+    return max(x for _, x in first) / best
+
+
+def summary(task, results):
+    """One dictionary of figures for each method."""
+    base = results[BASELINE]
+    target = finals(base).mean()
+    budget = TASKS[task].steps
+    clock = np.median([run["seconds"][-1] for run in base["runs"]])
+    rows = {}
+    for name in METHODS:
+        if name not in results:
+            continue
+        result = results[name]
+        held_out, train = finals(result), finals(result, "train")
+        stepping = np.median([run["stepping"] for run in result["runs"]])
+        curving = np.median([run["curving"] for run in result["runs"]])
+        rows[name] = {
+            "held_out": held_out.mean(),
+            "spread": held_out.std(ddof=1) if len(held_out) > 1 else math.nan,
+            "train": train.mean(),
+            "steps": to_target(result, target, "steps") / budget,
+            "seconds": to_target(result, target, "seconds") / clock,
+            "sensitivity": sensitivity(result, METHODS[name].parameter),
+            "milliseconds": 1e3 * stepping / budget,
+            "share": curving / (curving + stepping),
+            "rate": result["learning_rate"],
+        }
+    return rows
+
+
+def _table(figures, cell, title):
+    names = [n for n in METHODS if any(n in rows for rows in figures.values())]
+    lines = [f"| {title} | " + " | ".join(names) + " |"]
+    lines.append("|---|" + "---|" * len(names))
+    for task, rows in figures.items():
+        cells = [cell(rows[n], rows) if n in rows else "" for n in names]
+        lines.append(f"| {TASKS[task].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _loss(key):
+    def cell(row, rows):
+        value = row[key]
+        if not math.isfinite(value) or value > 100:
+            return "diverged"
+        text = f"{value:.3g}" if value < 0.1 else f"{value:.4g}"
+        if key == "held_out" and math.isfinite(row["spread"]):
+            text += f" ± {row['spread']:.1g}"
+        best = min(r[key] for r in rows.values())
+        return f"**{text}**" if value == best else text
+
+    return cell
+
+
+def _plain(key, form):
+    def cell(row, rows):
+        return form.format(row[key]) if math.isfinite(row[key]) else "–"
+
+    return cell
+
+
+def tables(figures):
+    """All tables, as Markdown."""
+    parts = [
+        (
+            "Final held-out loss, mean ± standard deviation over the seeds",
+            "held_out",
+            None,
+        ),
+        ("Final training loss", "train", None),
+        ("Steps to AdamW's final held-out loss, over its budget", "steps", "{:.2f}"),
+        ("Seconds to it, over AdamW's", "seconds", "{:.2f}"),
+        (
+            "Worst over best held-out loss in a hundredfold range of rates",
+            "sensitivity",
+            "{:.2f}",
+        ),
+        ("Milliseconds per step, without curvature", "milliseconds", "{:.2f}"),
+        ("Share of the time spent on curvature", "share", "{:.0%}"),
+        ("Learning rate", "rate", "{:.2g}"),
+    ]
+    return "\n\n".join(
+        f"**{title}**\n\n"
+        + _table(figures, _plain(key, form) if form else _loss(key), "task")
+        for title, key, form in parts
+    )
+
+
+def write():
+    """Puts the tables between their marks in docs/optimizer.md; draws the pictures."""
+    all_results = {task: load(task) for task in TASKS}
+    figures = {
+        task: summary(task, results)
+        for task, results in all_results.items()
+        if BASELINE in results
+    }
+    begin, end = "<!-- tables -->", "<!-- end of tables -->"
+    page = PAGE.read_text()
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n\n{tables(figures)}\n\n{end}{after}")
+    draw_curves(all_results, "steps", IMAGES / "optimizer_steps.png")
+    draw_curves(all_results, "seconds", IMAGES / "optimizer_seconds.png")
+    draw_rates(all_results, IMAGES / "optimizer_learning_rates.png")
+
+
+def _panels():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
+    for axis, task in zip(axes.flat, TASKS, strict=True):
+        axis.set_title(TASKS[task].title, fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        yield axis, task
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    yield figure, None
+
+
+def _style(name):
+    from matplotlib import colormaps
+
+    color = colormaps["tab10"]({"AdamW": 1, "Muon": 7, "Sophia": 2}.get(name, 0))
+    return {"color": color, "ls": "--" if "defaults" in name else "-", "lw": 1.4}
+
+
+def draw_curves(all_results, key, path):
+    """Held-out loss against steps or seconds, median of the seeds."""
+    for axis, task in _panels():
+        if task is None:
+            axis.savefig(path, dpi=80)
+            return
+        results = all_results[task]
+        lowest = math.inf
+        for name in DRAWN:
+            if name not in results:
+                continue
+            runs = results[name]["runs"]
+            shortest = min(len(run[key]) for run in runs)
+            x = np.median([run[key][:shortest] for run in runs], axis=0)
+            y = np.array([run["held_out"][:shortest] for run in runs], float)
+            y = np.median(y, axis=0)
+            lowest = min(lowest, np.nanmin(y))
+            axis.plot(x, y, label=name, **_style(name))
+        axis.set_yscale("log")
+        axis.set_ylim(lowest * 0.98, min(axis.get_ylim()[1], lowest * 2))
+        axis.set_xlabel(key)
+
+
+def draw_rates(all_results, path):
+    """Held-out loss of the tuning trials against the learning rate."""
+    for axis, task in _panels():
+        if task is None:
+            axis.savefig(path, dpi=80)
+            return
+        results = all_results[task]
+        lowest = math.inf
+        for name in DRAWN:
+            trials = results.get(name, {}).get("trials")
+            if not trials:
+                continue
+            value = METHODS[name].values[0]
+            points = sorted(
+                (rate, math.inf if loss is None else loss)
+                for rate, v, loss in trials
+                if v == value
+            )
+            x, y = np.array(points).T
+            lowest = min(lowest, y.min())
+            axis.plot(x, y, ".-", label=name, **_style(name))
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylim(lowest * 0.98, lowest * 2)
+        axis.set_xlabel("learning rate")
