@@ -125,12 +125,14 @@ def test_figures_follow_the_weights():
     "budget, cost", [({}, 3), ({"num_matvecs": 5}, 3), ({"num_matvecs": 2}, 2)]
 )
 def test_auto_is_exact_where_the_budget_allows(budget, cost):
-    """Piecewise linear, three classes: three products give the exact diagonal."""
+    """Piecewise linear, three classes: three products give the exact diagonal.
+
+    With fewer it is sampled, and the control variate leaves nothing to the signs.
+    """
     for function in (kc.hessian_diagonal, kc.hessian_trace):
         estimate = function(operator("mlp_relu"), **budget)
         assert estimate.num_matvecs == cost
-        exact = estimate.relative_standard_error == 0
-        assert exact == (budget.get("num_matvecs") != 2)
+        assert estimate.relative_standard_error < 1e-12
 
 
 def test_auto_samples_what_is_dear(monkeypatch):
