@@ -137,6 +137,7 @@ def diagonal_moments(
     samples=LAYERWISE_SAMPLES,
     groups="joint",
     control_variate="auto",
+    partial=True,
 ):
     """`hessian_diagonal` and the trace that comes with it, for an operator.
 
@@ -151,6 +152,7 @@ def diagonal_moments(
         samples: samples of `"layerwise"` when there is no budget.
         groups: which layers share a product.
         control_variate: whether the Gauss–Newton part is computed exactly.
+        partial: whether Ctrl-C returns what random samples told by then, or is raised.
 
     Returns:
         `Moments` whose tensors are flat and stay on the device, without a norm.
@@ -196,14 +198,22 @@ def diagonal_moments(
             seed,
             operator.sizes,
             progress,
+            partial,
         )
     if method == "hutchinson":
         return estimators.hutchinson_moments(
-            operator, num_matvecs, tolerance, seed, operator.sizes, True, progress
+            operator,
+            num_matvecs,
+            tolerance,
+            seed,
+            operator.sizes,
+            diagonal=True,
+            progress=progress,
+            partial=partial,
         )
     if method == "gauss_newton":
         return _gauss_newton(
-            operator, num_matvecs, tolerance, seed, max_matvecs, progress
+            operator, num_matvecs, tolerance, seed, max_matvecs, progress, partial
         )
     return _exact_diagonal(operator, plan, max_matvecs, progress)
 
@@ -415,7 +425,9 @@ def _exact_diagonal(operator, plan, max_matvecs, progress):
     )
 
 
-def _gauss_newton(operator, num_matvecs, tolerance, seed, max_matvecs, progress):
+def _gauss_newton(
+    operator, num_matvecs, tolerance, seed, max_matvecs, progress, partial
+):
     gauss_newton = _from_layers(GaussNewtonDiagonal, operator)
     if operator.layer_outputs.samples_interact:
         raise ValueError(
@@ -429,7 +441,7 @@ def _gauss_newton(operator, num_matvecs, tolerance, seed, max_matvecs, progress)
             value, gauss_newton.num_matvecs, operator.sizes
         )
     return estimators.sampled_moments(
-        gauss_newton, num_matvecs, tolerance, seed, operator.sizes, progress
+        gauss_newton, num_matvecs, tolerance, seed, operator.sizes, progress, partial
     )
 
 

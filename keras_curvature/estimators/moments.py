@@ -70,6 +70,7 @@ def hutchinson_moments(
     diagonal: bool = False,
     progress=None,
     judged=None,
+    partial: bool = True,
 ) -> Moments:
     """Unbiased estimates from the same random sign directions.
 
@@ -89,6 +90,7 @@ def hutchinson_moments(
         progress: `progress(done, total)` is called after each group of products.
         judged: the figures that must reach the tolerance, of `"trace"`, `"squared
             norm"` and `"diagonal"`. Defaults to all that are estimated.
+        partial: whether Ctrl-C returns what is known by then, or is raised.
 
     Returns:
         A `Moments`. The squared norm has no `pairs`, for no directions are kept.
@@ -107,6 +109,7 @@ def hutchinson_moments(
         tolerance,
         seed,
         progress=progress,
+        partial=partial,
     )
     return Moments(
         scalar_estimate(samples, "trace", blocks),

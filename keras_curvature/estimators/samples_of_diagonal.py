@@ -24,6 +24,7 @@ def sampled_moments(
     seed=0,
     block_sizes=None,
     progress=None,
+    partial=True,
 ) -> Moments:
     """Diagonal and trace as means of independent unbiased samples of the diagonal.
 
@@ -36,6 +37,7 @@ def sampled_moments(
         seed: a non-negative integer.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
         progress: `progress(done, total)` is called after each group of samples.
+        partial: whether Ctrl-C returns what is known by then, or is raised.
 
     Returns:
         A `Moments` without a Frobenius norm; a sample counts as one product.
@@ -54,6 +56,7 @@ def sampled_moments(
         tolerance,
         seed,
         progress=progress,
+        partial=partial,
     )
     trace = scalar_estimate(samples, "trace", blocks)
     return Moments(trace, None, diagonal_estimate(samples), samples.count)

@@ -76,13 +76,12 @@ def sample(
     seed=0,
     purpose=0,
     progress=None,
+    partial=True,
 ):
     """Averages over random sign directions.
 
     Draw number i is a function of the seed and of i only, so that the samples do not
     depend on how they are grouped, and a larger budget continues a smaller one.
-
-    Ctrl-C ends the loop; what is known by then is returned, unless that is nothing.
 
     Args:
         products: a `Products`.
@@ -94,6 +93,8 @@ def sample(
         seed: a non-negative integer, or a tuple of them.
         purpose: keeps the draws of different estimators apart.
         progress: `progress(done, total)` is called after each group.
+        partial: whether Ctrl-C ends the loop, and what is known by then is returned
+            unless that is nothing; else it is raised.
 
     Returns:
         A `Samples`.
@@ -122,7 +123,7 @@ def sample(
                 ):
                     break
     except KeyboardInterrupt:
-        if not samples.count:
+        if not (partial and samples.count):
             raise
     return samples
 

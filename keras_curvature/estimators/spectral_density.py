@@ -97,6 +97,7 @@ def spectral_density(
     grid=None,
     num_points: int = 1024,
     progress=None,
+    partial: bool = True,
 ) -> SpectralDensity:
     """The density of the eigenvalues, from Lanczos iterations with random starts.
 
@@ -105,9 +106,6 @@ def spectral_density(
     of them are iterated together where that is at most 1 GiB in float32. When the
     iteration reaches an invariant subspace (a low rank, few distinct eigenvalues)
     it ends there: the quadrature is exact for its start vector.
-
-    Ctrl-C ends the iteration; what is known by then is returned, unless that is
-    nothing.
 
     Args:
         A: symmetric operator of shape `(P, P)` with products `A @ V`.
@@ -121,6 +119,8 @@ def spectral_density(
             `num_points` over the spectrum and 6 sigma on either side of it.
         num_points: number of points of the default grid.
         progress: `progress(done, total)` is called after each group of products.
+        partial: whether Ctrl-C ends the iteration, and what is known by then is
+            returned unless that is nothing; else it is raised.
 
     Returns:
         A `SpectralDensity`.
@@ -161,10 +161,10 @@ def spectral_density(
 
             try:
                 alphas, betas, interrupted = _lanczos(
-                    products, starts, steps, after_step
+                    products, starts, steps, after_step, partial
                 )
             except KeyboardInterrupt:
-                if not nodes:
+                if not (partial and nodes):
                     raise
                 break
             spent += alphas.size
@@ -175,7 +175,7 @@ def spectral_density(
     return _smoothed(nodes, weights, sigma, grid, num_points, products.size, spent)
 
 
-def _lanczos(products, starts, num_steps, after_step):
+def _lanczos(products, starts, num_steps, after_step, partial):
     """Lanczos iterations from several vectors.
 
     Returns:
@@ -184,7 +184,8 @@ def _lanczos(products, starts, num_steps, after_step):
         them all.
 
     Raises:
-        KeyboardInterrupt: before the first step is made.
+        KeyboardInterrupt: before the first step is made, or if nothing partial is
+            wanted.
     """
     epsilon = np.finfo(products.dtype).eps
     # One basis for each start vector: (k, steps, P).
@@ -222,7 +223,7 @@ def _lanczos(products, starts, num_steps, after_step):
             basis = ops.concatenate([basis, q[:, None]], axis=1)
     except KeyboardInterrupt:
         made = min(len(alphas), len(betas))
-        if not made:
+        if not (partial and made):
             raise
         return np.stack(alphas[:made]), np.stack(betas[:made]), True
     return np.stack(alphas), np.stack(betas), False

@@ -113,6 +113,30 @@ def test_interrupt_is_no_failure(monkeypatch):
         fit(network(), watch)
 
 
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"diagonal": "layerwise", "diagonal_samples": 12, "num_matvecs": 0},
+        {"diagonal": "hutchinson", "diagonal_samples": 12, "num_matvecs": 0},
+        {"spectral_density": True},
+    ],
+)
+def test_interrupt_in_the_middle_of_a_figure_ends_training(figures, monkeypatch):
+    """What could be known by then is not what Ctrl-C asks for while `fit` runs."""
+    compute, passes = kc.HessianOperator.mean_over_batches, []
+
+    def interrupted(*arguments, **more):
+        passes.append(1)
+        if len(passes) == 7:
+            raise KeyboardInterrupt
+        return compute(*arguments, **more)
+
+    monkeypatch.setattr(kc.HessianOperator, "mean_over_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), monitor(**figures))
+    assert len(passes) == 7
+
+
 @pytest.mark.parametrize("method", ["write", "close"])
 def test_full_disk(method, tmp_path, monkeypatch):
     watch = monitor(log_dir=tmp_path)
