@@ -1,26 +1,29 @@
 """Swap in `DiagonalNewton`, and compare it with AdamW by steps and by seconds.
 
-What you learn: how to use the optimizer (compile with it, and give `fit` a monitor,
-which hands it the diagonal of the Hessian), and how to judge it. Curvature makes
-each step dearer, so the loss is drawn against both: this is how to find out whether it
-pays for a model. For one as small and easy as this, a well-tuned AdamW is hard to beat.
-Each optimizer has the best of three learning rates; the others are drawn faintly.
+What you learn: how to use the optimizer (compile with it, and give `fit` a feed, which
+hands it the diagonal of the Hessian), and how to judge it. Curvature makes a step
+dearer, so the loss is drawn against both. The model is a logistic regression on thirty
+measurements of cells in the units they come in, from thousandths to thousands: there
+the diagonal of the Hessian knows what a learning rate cannot. Where all units are
+alike the gain is smaller; docs/optimizer.md has the figures of eight tasks.
+Each optimizer has two learning rates; the better one is drawn boldly.
 
     AdamW            θ ← θ − η (m̂ / (√v̂ + ε) + w θ)
-    DiagonalNewton   θ ← θ − η clip(m̂, ±c √v̂) / (|ĥ| + λ (mean|ĥ| + √v̂ / ρ))
+    DiagonalNewton   θ ← θ − η clip(u, ±√v̂) / (|ĥ| + √v̂ / r),   r = √(ρ² + τ² θ²)
 
 | symbol | meaning |
 |---|---|
 | θ, η | weights, learning rate |
 | m̂, v̂ | averages of gradients and of their squares |
 | ε, w | AdamW's small number, its weight decay |
-| ĥ | average of the diagonals of the Hessian that the monitor measures |
-| λ, ρ | damping, and the length in which curvature and gradient compare |
-| c | clip of the step |
+| u | mean of the gradient and m̂ |
+| ĥ | average of the diagonals of the Hessian that the feed measures |
+| r | trust radius: beyond it, Newton's step gives way to Adam's |
+| ρ, τ | what the radius is made of |
 
 Usage:
 
-    python examples/diagonal_newton.py              # trains six times and prints
+    python examples/diagonal_newton.py              # trains four times and prints
     python examples/diagonal_newton.py --picture    # draws the losses as well
 """
 
@@ -29,14 +32,14 @@ import time
 import keras
 import numpy as np
 import pictures
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer
 
 import keras_curvature as kc
 
-EPOCHS = 16
+EPOCHS = 40
 OPTIMIZERS = {
-    "AdamW": (keras.optimizers.AdamW, (0.003, 0.01, 0.03)),
-    "DiagonalNewton": (kc.DiagonalNewton, (0.03, 0.1, 0.3)),
+    "AdamW": (keras.optimizers.AdamW, (0.03, 0.1)),
+    "DiagonalNewton": (kc.DiagonalNewton, (0.2, 0.6)),
 }
 
 
@@ -57,7 +60,9 @@ class Clock(keras.callbacks.Callback):
         self.seconds, self.started = 0.0, time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Stops it for an evaluation."""
+        """Stops it for an evaluation, every four epochs."""
+        if epoch % 4 != 3:
+            return
         self.seconds += time.perf_counter() - self.started
         loss = self.model.evaluate(*self.data, batch_size=2048, verbose=0)
         steps = int(self.model.optimizer.iterations)
@@ -66,25 +71,16 @@ class Clock(keras.callbacks.Callback):
 
 
 def train(x, y, optimizer):
-    """Trains a network from the same weights each time; returns steps, time, loss."""
+    """Trains a model from the same weights each time; returns steps, time, loss."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
-        [
-            keras.layers.Input((64,)),
-            keras.layers.Dense(64, "relu", name="hidden1"),
-            keras.layers.Dense(64, "relu", name="hidden2"),
-            keras.layers.Dense(10, name="logits"),
-        ]
+        [keras.layers.Input((30,)), keras.layers.Dense(1, kernel_initializer="zeros")]
     )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss=loss)
+    model.compile(optimizer, loss=keras.losses.BinaryCrossentropy(from_logits=True))
     callbacks = [Clock(x, y)]
     if isinstance(optimizer, kc.DiagonalNewton):
-        # All that is needed: the monitor finds the optimizer by itself. Trace and
-        # norm are left out; the diagonal alone is cheaper.
-        callbacks.append(
-            kc.CurvatureMonitor((x[:256], y[:256]), update_freq=10, num_matvecs=0)
-        )
+        # All that is needed: the feed finds the optimizer by itself.
+        callbacks.append(kc.CurvatureFeed((x, y)))
     model.fit(x, y, batch_size=64, epochs=EPOCHS, callbacks=callbacks, verbose=0)
     return np.array(callbacks[0].records)
 
@@ -119,8 +115,8 @@ def best(runs, name):
 def main():
     """Trains with both optimizers; prints what each learning rate led to."""
     arguments = pictures.arguments(__doc__, "diagonal_newton")
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype("float32")
+    x, y = load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(axis=0)).astype("float32")
     runs = {}
     print(f"  {'optimizer':<18}{'η':<8}{'steps':>6}{'seconds':>9}{'training loss':>16}")
     for name, (optimizer, rates) in OPTIMIZERS.items():

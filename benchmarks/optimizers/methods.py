@@ -24,6 +24,8 @@ class Method:
         parameter: name of the attribute that is tuned besides.
         values: its values; the first is the one that the search begins with.
         curvature: method of `hessian_diagonal` that feeds the optimizer, or `None`.
+        refresh: steps between two deliveries of curvature, a multiple of a block.
+        rows: samples of a step's batch that curvature is measured on, at most.
         tuned: whether anything is tuned at all.
     """
 
@@ -32,6 +34,8 @@ class Method:
     parameter: str = "weight_decay"
     values: tuple = (0.004, 0.2)
     curvature: str | None = None
+    refresh: int = 20
+    rows: int | None = None
     tuned: bool = True
 
 
@@ -47,6 +51,9 @@ _ADAHESSIAN = _fed(references.AdaHessian, 0.05, "power", (1.0, 0.5))
 _SOPHIA = _fed(references.Sophia, 0.003, "gamma", (0.01, 0.1))
 
 _DEFAULT = inspect.signature(kc.DiagonalNewton).parameters["learning_rate"].default
+
+#: What `CurvatureFeed` does by itself.
+_FEED = {"curvature": "layerwise", "refresh": 100, "rows": 32}
 
 #: By name.
 METHODS = {
@@ -65,9 +72,15 @@ METHODS = {
         lambda: kc.DiagonalNewton(weight_decay=0.0004),
         _DEFAULT,
         values=(0.0004, 0.02),
-        curvature="layerwise",
+        **_FEED,
+    ),
+    # The same rule with ĥ = 0: what curvature itself is worth.
+    "without curvature": Method(
+        lambda: kc.DiagonalNewton(weight_decay=0.0004),
+        _DEFAULT,
+        values=(0.0004, 0.02),
     ),
     "DiagonalNewton, defaults": Method(
-        kc.DiagonalNewton, _DEFAULT, curvature="layerwise", tuned=False
+        kc.DiagonalNewton, _DEFAULT, tuned=False, **_FEED
     ),
 }

@@ -61,6 +61,7 @@ class AdaHessian(_WithCurvature):
             slot.assign_add((ops.square(size) - slot) * (1 - 0.999))
 
     def update_step(self, gradient, variable, learning_rate):
+        """Moves one variable."""
         momentum, index = self._moved(gradient, variable, 0.9)
         step = ops.cast(self.iterations + 1, "float32")
         v = self._curvatures[index] / (1 - 0.999**self._deliveries)
@@ -89,6 +90,7 @@ class Sophia(_WithCurvature):
             slot.assign_add((diagonal - slot) * (1 - 0.99))
 
     def update_step(self, gradient, variable, learning_rate):
+        """Moves one variable."""
         momentum, index = self._moved(gradient, variable, 0.96)
         curvature = ops.maximum(self.gamma * self._curvatures[index], 1e-12)
         direction = ops.clip(momentum / curvature, -1, 1)

@@ -14,6 +14,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "optimizers"
 PAGE = ROOT / "docs" / "optimizer.md"
 IMAGES = ROOT / "docs" / "images"
 
+#: Where the results of variants.py are, beside those of the tasks.
+VARIANTS = "variants"
+
 BASELINE = "AdamW"
 DRAWN = ("AdamW", "Muon", "Sophia", "DiagonalNewton", "DiagonalNewton, defaults")
 
@@ -53,8 +56,8 @@ def finals(result, key="held_out"):
     return np.array([math.inf if loss is None else loss for loss in losses])
 
 
-def to_target(result, target, key):
-    """Median over the seeds of the steps or seconds until the target is reached.
+def steps_to(result, target):
+    """Median over the seeds of the steps until the target is reached.
 
     Interpolated between evaluations; infinite if most seeds do not get there.
     """
@@ -62,28 +65,29 @@ def to_target(result, target, key):
     for run in result["runs"]:
         losses = [math.inf if x is None else x for x in run["held_out"]]
         hits = [i for i, loss in enumerate(losses) if loss <= target]
+        steps = run["steps"]
         if not hits:
             found.append(math.inf)
-            continue
-        i, x = hits[0], run[key]
-        if i and math.isfinite(losses[i - 1]):
+        elif hits[0] and math.isfinite(losses[hits[0] - 1]):
+            i = hits[0]
             part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            found.append(x[i - 1] + part * (x[i] - x[i - 1]))
+            found.append(steps[i - 1] + part * (steps[i] - steps[i - 1]))
         else:
-            found.append(x[i])
+            found.append(steps[hits[0]])
     return float(np.median(found))
 
 
-def sensitivity(result, parameter):
-    """Worst loss over best in the trials within a hundredfold range of rates."""
-    value = result[parameter]
-    trials = [(r, math.inf if x is None else x) for r, v, x in result["trials"]]
-    if not trials:
-        return math.nan
-    best = min(x for _, x in trials)
-    del value
-    first = sorted(trials[:5])
-    return max(x for _, x in first) / best
+def milliseconds(name, result):
+    """Processor time per step, curvature included; unknown times are `nan`."""
+    times = result.get("milliseconds")
+    refresh = METHODS[name].refresh
+    return times["step"] + times["delivery"] / refresh if times else math.nan
+
+
+def sensitivity(result):
+    """Worst held-out loss over best, in the hundredfold range that is tried first."""
+    losses = [math.inf if x is None else x for _, _, x in result["trials"]]
+    return max(losses[:5]) / min(losses) if losses else math.nan
 
 
 def summary(task, results):
@@ -91,24 +95,25 @@ def summary(task, results):
     base = results[BASELINE]
     target = finals(base).mean()
     budget = TASKS[task].steps
-    clock = np.median([run["seconds"][-1] for run in base["runs"]])
     rows = {}
     for name in METHODS:
         if name not in results:
             continue
         result = results[name]
         held_out, train = finals(result), finals(result, "train")
-        stepping = np.median([run["stepping"] for run in result["runs"]])
-        curving = np.median([run["curving"] for run in result["runs"]])
+        steps = steps_to(result, target) / budget
+        cost = milliseconds(name, result)
+        times = result.get("milliseconds") or {"step": math.nan, "delivery": math.nan}
         rows[name] = {
             "held_out": held_out.mean(),
             "spread": held_out.std(ddof=1) if len(held_out) > 1 else math.nan,
             "train": train.mean(),
-            "steps": to_target(result, target, "steps") / budget,
-            "seconds": to_target(result, target, "seconds") / clock,
-            "sensitivity": sensitivity(result, METHODS[name].parameter),
-            "milliseconds": 1e3 * stepping / budget,
-            "share": curving / (curving + stepping),
+            "steps": steps,
+            "seconds": steps * cost / milliseconds(BASELINE, base),
+            "sensitivity": sensitivity(result),
+            "milliseconds": times["step"],
+            "delivery": times["delivery"],
+            "share": 1 - times["step"] / cost,
             "rate": result["learning_rate"],
         }
     return rows
@@ -162,6 +167,7 @@ def tables(figures):
             "{:.2f}",
         ),
         ("Milliseconds per step, without curvature", "milliseconds", "{:.2f}"),
+        ("Milliseconds per delivery of curvature", "delivery", "{:.1f}"),
         ("Share of the time spent on curvature", "share", "{:.0%}"),
         ("Learning rate", "rate", "{:.2g}"),
     ]
@@ -170,6 +176,27 @@ def tables(figures):
         + _table(figures, _plain(key, form) if form else _loss(key), "task")
         for title, key, form in parts
     )
+
+
+def variants():
+    """The best of each variant's three learning rates, over the best of Adam's."""
+    results = load(VARIANTS)
+    lines = ["| variant | " + " | ".join(TASKS) + " |"]
+    lines.append("|---|" + "---|" * len(TASKS))
+    best = {
+        name: {
+            task: min(math.inf if x is None else x for x in losses.values())
+            for task, losses in tasks.items()
+        }
+        for name, tasks in results.items()
+    }
+    for name, losses in best.items():
+        cells = [
+            f"{losses[task] / best['Adam'][task]:.3f}" if task in losses else ""
+            for task in TASKS
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def write():
@@ -185,6 +212,10 @@ def write():
     before, rest = page.split(begin)
     after = rest.split(end)[1]
     PAGE.write_text(f"{before}{begin}\n\n{tables(figures)}\n\n{end}{after}")
+    begin, end = "<!-- variants -->", "<!-- end of variants -->"
+    before, rest = PAGE.read_text().split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n\n{variants()}\n\n{end}{after}")
     draw_curves(all_results, "steps", IMAGES / "optimizer_steps.png")
     draw_curves(all_results, "seconds", IMAGES / "optimizer_seconds.png")
     draw_rates(all_results, IMAGES / "optimizer_learning_rates.png")
@@ -225,8 +256,10 @@ def draw_curves(all_results, key, path):
             if name not in results:
                 continue
             runs = results[name]["runs"]
-            shortest = min(len(run[key]) for run in runs)
-            x = np.median([run[key][:shortest] for run in runs], axis=0)
+            shortest = min(len(run["steps"]) for run in runs)
+            x = np.array(runs[0]["steps"][:shortest], float)
+            if key == "seconds":
+                x *= milliseconds(name, results[name]) / 1e3
             y = np.array([run["held_out"][:shortest] for run in runs], float)
             y = np.median(y, axis=0)
             lowest = min(lowest, np.nanmin(y))

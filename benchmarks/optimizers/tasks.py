@@ -30,6 +30,7 @@ class Task:
         data: function without arguments that returns `(x, y, x_held_out, y_held_out)`.
         batch: samples per step.
         steps: the budget.
+        tuning_seeds: number of runs per trial, where the loss of one says little.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Task:
     data: Callable
     batch: int
     steps: int
+    tuning_seeds: int = 1
 
 
 def _split(x, y, held_out, seed=0):
@@ -238,6 +240,7 @@ TASKS = {
         lambda: _digits((8, 8, 1)),
         64,
         400,
+        tuning_seeds=3,
     ),
     "window": Task(
         "character model, windowed MLP",

@@ -19,8 +19,8 @@ from keras_curvature.callbacks.hand_over import hand_over
 #: Share of the budget in which the learning rate rises; then it falls to zero.
 WARM_UP = 0.05
 
-#: Steps between two deliveries of curvature, and in a block.
-REFRESH = 20
+#: Steps in a block.
+BLOCK = 20
 
 #: How often in a run the held-out loss is measured.
 EVALUATIONS = 30
@@ -39,12 +39,10 @@ class Trainer:
     Args:
         task: a `Task`.
         method: a `Method`.
-        share: share of a step's batch that curvature is measured on.
-        every: steps between two deliveries.
     """
 
-    def __init__(self, task, method, share=1.0, every=REFRESH):
-        self.task, self.method, self.share, self.every = task, method, share, every
+    def __init__(self, task, method):
+        self.task, self.method = task, method
         self._data = [ops.convert_to_tensor(a) for a in task.data()]
         self._weights = {}
         self.model = self._new(0)
@@ -70,21 +68,22 @@ class Trainer:
             losses `train` (mean since the last one) and `held_out`, and the final
             loss on training data.
         """
-        task, every = self.task, self.every
+        task = self.task
         block = self._compiled(value)
         self._reset(seed)
         rng = np.random.default_rng(seed)
         size = len(self._data[0])
         batches = rng.integers(0, size, (task.steps, task.batch)).astype("int32")
         rates = (rate * schedule(task.steps)).astype("float32")
-        between = max(1, task.steps // EVALUATIONS // every) * every
+        between = max(1, task.steps // EVALUATIONS // BLOCK) * BLOCK
         result = {"steps": [], "train": [], "held_out": []}
         losses = []
-        for start in range(0, task.steps, every):
-            rows = slice(start, start + every)
-            self._deliver(batches[start], seed * 100_003 + start)
+        for start in range(0, task.steps, BLOCK):
+            rows = slice(start, start + BLOCK)
+            if start % self.method.refresh == 0:
+                self._deliver(batches[start], seed * 100_003 + start)
             losses.append(float(block(batches[rows], rates[rows])))
-            done = min(start + every, task.steps)
+            done = min(start + BLOCK, task.steps)
             if done % between == 0 or done == task.steps:
                 result["steps"].append(done)
                 result["train"].append(float(np.mean(losses)))
@@ -107,9 +106,9 @@ class Trainer:
         """
         block = self._compiled(value)
         self._reset(0)
-        rows = np.arange(self.every * self.task.batch) % len(self._data[0])
-        rows = rows.reshape(self.every, -1).astype("int32")
-        rates = np.zeros(self.every, "float32")
+        rows = np.arange(BLOCK * self.task.batch) % len(self._data[0])
+        rows = rows.reshape(BLOCK, -1).astype("int32")
+        rates = np.zeros(BLOCK, "float32")
         times = []
         for number in range(blocks):
             begin = time.process_time()
@@ -118,7 +117,7 @@ class Trainer:
             float(block(rows, rates))
             times.append((time.process_time() - delivered, delivered - begin))
         step, delivery = 1e3 * np.median(times, axis=0)
-        return {"step": step / self.every, "delivery": delivery}
+        return {"step": step / BLOCK, "delivery": delivery}
 
     def _new(self, seed):
         keras.utils.set_random_seed(seed)
@@ -141,10 +140,10 @@ class Trainer:
             return self._blocks[value]
         start = time.perf_counter()
         block = self._blocks[value] = tf.function(self._train_block)
-        rows = np.zeros((self.every, self.task.batch), "int32")
+        rows = np.zeros((BLOCK, self.task.batch), "int32")
         self._deliver(rows[0], 0)
-        block(rows, np.zeros(self.every, "float32"))
-        rest = self.task.steps % self.every
+        block(rows, np.zeros(BLOCK, "float32"))
+        rest = self.task.steps % BLOCK
         if rest:
             block(rows[:rest], np.zeros(rest, "float32"))
         self._evaluate(*self._data[2:])
@@ -160,7 +159,7 @@ class Trainer:
         method = self.method.curvature
         if method is None:
             return
-        rows = rows[: max(2, round(self.share * len(rows)))]
+        rows = rows[: self.method.rows]
         batch = [tf.gather(d, rows) for d in self._data[:2]]
         if self._operator is None:
             self._operator = kc.HessianOperator(self.model, *batch)

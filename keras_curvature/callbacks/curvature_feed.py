@@ -24,8 +24,8 @@ class CurvatureFeed(CurvatureMonitor):
         train_data: what `fit` trains on: `(x, y)` or `(x, y, sample_weight)` of arrays
             or nested structures, of which each probe takes random rows; or a data
             set, of which each probe takes the next batch.
-        update_freq: number of training batches between probes. Defaults to `20`.
-        batch_size: number of samples in a probe; only for arrays.
+        update_freq: number of training batches between probes. Defaults to `100`.
+        batch_size: number of samples in a probe; only for arrays. Defaults to `32`.
         diagonal: method for the diagonal, as in `hessian_diagonal`.
             Defaults to `"layerwise"`.
         diagonal_samples: samples of the diagonal per probe. Defaults to `1`.
@@ -39,8 +39,8 @@ class CurvatureFeed(CurvatureMonitor):
     def __init__(
         self,
         train_data,
-        update_freq: int | str = 20,
-        batch_size: int = 128,
+        update_freq: int | str = 100,
+        batch_size: int = 32,
         *,
         diagonal: str = "layerwise",
         diagonal_samples: int = 1,

@@ -57,12 +57,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     *The trust radius* r is the length of the Newton step up to which the quadratic
     picture is taken to hold, for a gradient of its usual size `√v̂`. Where Newton's
     step is shorter, it is taken, `η u / |ĥ|`; where it would be longer, what remains
-    is Adam's step with a learning rate of `η r`. The radius grows with the
-    parameter, so that any magnitude is reached in few steps. No entry moves by more
-    than `η r` in a step, whatever its gradient. `radius=None` is the plain Newton step, which
+    is Adam's step with a learning rate of `η r`. The radius grows with the parameter,
+    so that any magnitude is reached in few steps. No entry moves by more than `η r`
+    in a step, whatever its gradient. `radius=None` is the plain Newton step, which
     reaches the minimum of a separable quadratic at once and suits nothing but
-    quadratics. Keras' `clipnorm` and its relatives act before all of this, on the
-    raw gradient.
+    quadratics. Keras' `clipnorm` and its relatives act before all of this, on the raw
+    gradient.
 
     *Without curvature*, before the first delivery, what remains is Adam's step
     everywhere. A warning tells of it once.
