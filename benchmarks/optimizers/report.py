@@ -233,7 +233,8 @@ def _panels():
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         yield axis, task
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     yield figure, None
 
 
@@ -289,7 +290,7 @@ def draw_rates(all_results, path):
             )
             x, y = np.array(points).T
             lowest = min(lowest, y.min())
-            axis.plot(x, y, ".-", label=name, **_style(name))
+            axis.plot(x, y, marker=".", label=name, **_style(name))
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_ylim(lowest * 0.98, lowest * 2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_curvature.optimizers import DiagonalNewton
-from keras_curvature.optimizers.diagonal_newton import newton_direction
+from keras_curvature.optimizers.trust_region import newton_direction
 
 # float32, sums over a few dozen terms and square roots of running averages.
 RTOL = {"float32": 2e-5, "float64": 1e-11}
