@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--again", action="store_true", help="replaces what is there")
-    parser.add_argument("--costs", action="store_true", help="only missing times")
+    parser.add_argument("--costs", action="store_true", help="only times")
     parser.add_argument("--report", action="store_true", help="only table and pictures")
     arguments = parser.parse_args()
     if arguments.report:
@@ -89,7 +89,7 @@ def main():
         for method in arguments.methods:
             known = report.load(task).get(method)
             if arguments.costs:
-                if known and "milliseconds" not in known:
+                if known and (arguments.again or "milliseconds" not in known):
                     trainer = Trainer(TASKS[task], METHODS[method])
                     known["milliseconds"] = trainer.costs()
                     results = report.load(task) | {method: known}
