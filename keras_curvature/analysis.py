@@ -168,7 +168,7 @@ def diagonal_moments(
             stacklevel=3,
         )
     plan = None
-    if by_layers and method in ("auto", "exact", "layerwise"):
+    if by_layers and method in ("auto", "exact"):
         plan = _from_layers(ExactDiagonal, operator).plan(seed)
     if method == "auto":
         cost = operator.shape[0] if plan is None else plan.num_matvecs
@@ -179,18 +179,8 @@ def diagonal_moments(
     if method == "layerwise":
         if num_matvecs is None and tolerance is None:
             num_matvecs = samples
-        if control_variate == "auto":
-            drawn = min(16, estimators.check_budget(num_matvecs, tolerance))
-            control_variate = (
-                plan.num_outputs <= CONTROL_PASSES * drawn
-                and plan.noise_without < CONTROL_NOISE
-            )
-        elif control_variate and plan.num_outputs == math.inf:
-            raise ValueError(
-                "The Gauss–Newton part cannot be told from the rest of the Hessian: "
-                "the outputs have no fixed size, or the loss mixes them with "
-                "something else. Received: control_variate=True; use False."
-            )
+        drawn = estimators.check_budget(num_matvecs, tolerance)
+        control_variate = _controlled(operator, plan, control_variate, drawn, seed)
         return estimators.sampled_moments(
             LayerwiseDiagonal(operator.layer_outputs, groups, control_variate),
             num_matvecs,
@@ -405,6 +395,23 @@ def _from_layers(kind, operator):
     if kind not in made:
         made[kind] = kind(operator.layer_outputs)
     return made[kind]
+
+
+def _controlled(operator, plan, control_variate, drawn, seed):
+    """Whether samples of the diagonal leave the Gauss–Newton part out."""
+    few = operator.layer_outputs.num_outputs <= CONTROL_PASSES * min(drawn, 16)
+    if not control_variate or (control_variate == "auto" and not few):
+        return False
+    plan = plan or _from_layers(ExactDiagonal, operator).plan(seed)
+    if control_variate == "auto":
+        return plan.num_outputs < math.inf and plan.noise_without < CONTROL_NOISE
+    if plan.num_outputs == math.inf:
+        raise ValueError(
+            "The Gauss–Newton part cannot be told from the rest of the Hessian: the "
+            "outputs have no fixed size, or the loss mixes them with something else. "
+            f"Received: control_variate={control_variate!r}; use False."
+        )
+    return True
 
 
 def _exact_diagonal(operator, plan, max_matvecs, progress):

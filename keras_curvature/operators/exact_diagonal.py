@@ -130,13 +130,11 @@ class ExactDiagonal:
         one = ops.ones((), recording.tapes.loss.dtype.name)
         departures = {k: one for k in range(first, first + len(recording.uses))}
         coupling = noise = one
-        try:
-            notes.num_outputs = sum(gauss_newton.output_sizes(recording))
+        notes.num_outputs = self._layer_outputs.num_outputs
+        if notes.num_outputs < math.inf:
             coupling = gauss_newton.coupling(recording, seed)
             found, noise = gauss_newton.departure(recording, seed)
             departures.update({k: found[k] for k in departures if k in found})
-        except ValueError:
-            pass  # The model's outputs have no fixed size.
         # Kept with the operator, as the graph is that is traced here.
         self._layer_outputs.notes["exact"] = notes
         penalties = {

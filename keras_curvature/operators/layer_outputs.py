@@ -16,11 +16,13 @@ estimate useless at affordable cost, is gone. This is Curvature Propagation (Mar
 Sutskever, Swersky, ICML 2012, arXiv 1206.6464) as an ordinary Hessian-vector product.
 """
 
+import math
 import warnings
 
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.operators import gauss_newton
 from keras_curvature.operators.recording import Recording, rules_for
 from keras_curvature.operators.rule_check import TOLERANCE, jacobian_errors
 from keras_curvature.probe import Probe
@@ -94,6 +96,12 @@ class LayerOutputHessian:
         return self._interact
 
     @property
+    def num_outputs(self):
+        """Number of the model's scalar outputs per sample, if it is fixed."""
+        self.samples_interact  # noqa: B018  # Notes it.
+        return self.notes["outputs"]
+
+    @property
     def rules(self):
         """The layers that are reached through their outputs, with their rules."""
         if self._rules is None:
@@ -137,7 +145,11 @@ class LayerOutputHessian:
 
     def _leak(self, batch, seed):
         """How much leaks into other samples, and the number of samples."""
-        recording = self.record(batch)
+        recording = self.record(batch, outputs=True)
+        try:
+            self.notes["outputs"] = sum(gauss_newton.output_sizes(recording))
+        except ValueError:
+            self.notes["outputs"] = math.inf  # They have no fixed size.
         first = len(recording.variables)
         signs = recording.signs(seed)
         probed = [k for k in range(first, len(signs)) if signs[k] is not None]
