@@ -7,14 +7,16 @@ then with Adam, then with `DiagonalNewton`, each from the same initial weights:
 
     SGD              θ ← θ − η g
     Adam             θ ← θ − η m̂ / √v̂
-    DiagonalNewton   θ ← θ − η m̂ / (|ĥ| + damping)
+    DiagonalNewton   θ ← θ − η u / (|ĥ| + √v̂ / r)
 
 | symbol | meaning |
 |---|---|
 | θ | weights |
 | g, m̂, v̂ | gradient of a batch; averages of gradients and of their squares |
 | H | Hessian of the loss on the probe data, the matrix of second derivatives |
+| u | mean of g and m̂ |
 | ĥ | average of the diagonals of H that the monitor delivers |
+| r | trust radius of the step |
 | η | learning rate; gradient descent is stable while H's eigenvalues are below 2/η |
 
 Usage:
