@@ -21,6 +21,7 @@ if keras.backend.backend() == "tensorflow":
         placed,
         random_normal,
         random_signs,
+        random_signs_like,
         values_of,
     )
     from keras_curvature.backend.tensorflow_graphs import (
@@ -70,6 +71,7 @@ __all__ = [
     "placed",
     "random_normal",
     "random_signs",
+    "random_signs_like",
     "reaches",
     "silent_errors",
     "sum_over_chunks",

@@ -137,6 +137,14 @@ def random_signs(shape, seed, dtype="float32"):
     return tf.cast(2 * bits - 1, dtype)
 
 
+def random_signs_like(tensor, seed):
+    """Random signs of the shape and dtype of a tensor; `seed` as in `random_signs`."""
+    signs = random_signs(tf.shape(tensor), seed, tensor.dtype)
+    # Known also in the body of a loop, where TensorFlow does not see it.
+    signs.set_shape(tensor.shape)
+    return signs
+
+
 def fold_seed(seed, number):
     """A seed that differs for each `number`; both may be tensors."""
     seed = tf.cast(seed, tf.int32)

@@ -98,7 +98,7 @@ class GradientProducts:
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         for i, part in zip(wanted, parts, strict=True):
-            products[i] = _dense(part)
+            products[i] = _shaped_like(self.sources[i], part)
         return products
 
     def pull_back(self, targets, cotangents, sources):
@@ -118,7 +118,7 @@ class GradientProducts:
             output_gradients=cotangents,
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        return [_dense(part) for part in parts]
+        return [_shaped_like(s, p) for s, p in zip(sources, parts, strict=True)]
 
     def depends(self, target, sources):
         """Whether a recorded tensor depends on any of `sources`, structurally."""
@@ -234,6 +234,14 @@ def _exact_moments(x, axes, shift=None, keepdims=False, name=None):
         if not keepdims:
             mean = tf.squeeze(mean, axes)
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
+
+
+def _shaped_like(source, g):
+    """A dense gradient that knows its shape, also in the body of a loop."""
+    g = _dense(g)
+    if not tf.executing_eagerly():
+        g.set_shape(source.shape)
+    return g
 
 
 def _dense(g):

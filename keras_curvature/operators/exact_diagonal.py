@@ -126,9 +126,8 @@ class ExactDiagonal:
         """
         recording = self._layer_outputs.record(batch, outputs=True)
         notes = _Notes.of(recording)
-        first = len(recording.variables)
         one = ops.ones((), recording.tapes.loss.dtype.name)
-        departures = {k: one for k in range(first, first + len(recording.uses))}
+        departures = dict.fromkeys(recording.uses, one)
         coupling = noise = one
         notes.num_outputs = self._layer_outputs.num_outputs
         if notes.num_outputs < math.inf:
@@ -233,7 +232,7 @@ class _Notes:
         used = {k for uses in uses_of.values() for k in uses}
         return cls(
             uses_of,
-            {k: recording.uses[k - first].layer for k in used},
+            {k: recording.uses[k].layer for k in used},
             {
                 k: math.inf
                 if None in sources[k].shape[1:]
@@ -264,7 +263,7 @@ def _off_diagonal(recording, i, seed):
     estimates = []
     for number in range(2):
         key = backend.fold_seed(seed, 20_000 + 2 * i + number)
-        signs = backend.random_signs(ops.shape(source), key, source.dtype.name)
+        signs = backend.random_signs_like(source, key)
         product = recording.tapes.product(_direction(recording, {i: signs}), wanted=[i])
         estimates.append(signs * product[i])
     scale = ops.max(ops.abs(estimates[0]))
@@ -372,6 +371,6 @@ def _direction(recording, parts):
 
 def _fold(recording, elements):
     """How many basis vectors are folded together within the memory bound."""
-    for use in recording.uses:
+    for use in recording.uses.values():
         elements += math.prod(n or gauss_newton.UNKNOWN_SIZE for n in use.shift.shape)
     return max(1, min(256, FOLDED_ELEMENTS // elements))

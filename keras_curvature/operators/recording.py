@@ -34,7 +34,7 @@ class Recording:
     """Loss and gradient over the joint space of variables and layer outputs.
 
     The sources of `tapes` are the variables, in order, followed by the shifts of
-    `uses`, in order, and by those of `outputs` that are none of them. A variable acts
+    `uses` and of `outputs`, in the order in which the model makes them. A variable acts
     through the shifts where `paths` says so. Its own source then only stands for
     what else depends on it: penalties.
 
@@ -53,7 +53,7 @@ class Recording:
         names: a name for each variable, see `unique_names`.
         rules: the rules that hold.
         tapes: `GradientProducts` over the joint space.
-        uses: list of `Use`.
+        uses: `{index of its source: Use}`.
         paths: `{id(variable): [(path, index of its source), …]}`.
         outputs: indices of the sources at the model's outputs, in front of a final
             activation (the layer's own, or a layer `Activation` or `Softmax`).
@@ -67,7 +67,7 @@ class Recording:
         self.names = unique_names(self.variables)
         self.rules = dict(rules)
         while True:
-            self.uses, self.outputs, self.shifted = [], [], {}
+            self.uses, self.outputs, self.shifted = {}, [], {}
             self._reassigned = set()
             sources = probe.sources()
             self._values = {
@@ -104,9 +104,7 @@ class Recording:
         return [
             None
             if gradient is None
-            else backend.random_signs(
-                ops.shape(source), backend.fold_seed(seed, i), source.dtype.name
-            )
+            else backend.random_signs_like(source, backend.fold_seed(seed, i))
             for i, (source, gradient) in enumerate(
                 zip(self.tapes.sources, self.tapes.gradients, strict=True)
             )
@@ -174,13 +172,14 @@ class Recording:
             if backend.current_trace() is not trace:
                 # In the body of a loop: its tensors cannot leave it.
                 return original(*args, **kwargs)
-            first = len(self.uses)
+            made = []
             inputs, rest, others = bound_call(original, args, kwargs)
             received = [t for t in tree.flatten((args, kwargs)) if backend.is_tensor(t)]
 
             def shift(z, remembered):
                 epsilon, index = add_shift(z)
-                self.uses.append(Use(layer, rule, received, remembered, z, epsilon))
+                made.append(Use(layer, rule, received, remembered, z, epsilon))
+                self.uses[index] = made[-1]
                 return self.shifted[index]
 
             def run(x, *args, **kwargs):
@@ -188,7 +187,7 @@ class Recording:
 
             with self._constant(rule.variables(layer)):
                 returned = rule.call(layer, run, shift, inputs, *rest, **others)
-            for use in self.uses[first:]:
+            for use in made:
                 use.returned = returned
             return returned
 
@@ -249,8 +248,7 @@ class Recording:
 
     def _index_of_output(self, y):
         """Source of the layer output that leads to `y` and to nothing else."""
-        first = len(self.variables)
-        mine = [k for k, use in enumerate(self.uses, first) if use.returned is y]
+        mine = [k for k, use in self.uses.items() if use.returned is y]
         if not mine or mine[-1] in self.outputs or backend.is_used(y):
             return None
         # Several shifts in one layer: the last one only if nothing follows it.
@@ -259,8 +257,7 @@ class Recording:
 
     def _paths(self):
         paths = {}
-        first = len(self.variables)
-        for index, use in enumerate(self.uses, start=first):
+        for index, use in self.uses.items():
             # What the layer was not asked for (frozen by itself) is no constant there.
             mine = {id(v) for v in use.rule.variables(use.layer)}
             for path in use.paths():
@@ -270,10 +267,10 @@ class Recording:
 
     def _unsound_variables(self, batch):
         """Ids of variables for which the formula over layer outputs does not hold."""
-        frozen = {id(v) for u in self.uses for v in u.rule.variables(u.layer)}
+        uses = self.uses.values()
+        frozen = {id(v) for u in uses for v in u.rule.variables(u.layer)}
         unsound = frozen - set(self.paths) | self._reassigned
-        first = len(self.variables)
-        for use in self.uses:
+        for use in uses:
             if not _rows_are_samples(use.output, batch):
                 unsound |= {id(v) for v in use.rule.variables(use.layer)}
         for i, variable in enumerate(self.variables):
@@ -291,7 +288,7 @@ class Recording:
                 others = [shift for m, shift in shifts.items() if m != k]
                 if gradient is not None:
                     others.append(self.tapes.sources[i])
-                received = [*self.uses[k - first].received, path.inputs]
+                received = [*self.uses[k].received, path.inputs]
                 if others and backend.reaches(others, received):
                     unsound.add(id(variable))
         return unsound

@@ -101,7 +101,7 @@ class _Calls:
 
     def _note(self, z, remembered, values):
         seed = self._seed + [0, len(self._expected)]
-        v = backend.random_signs(ops.shape(z[:_SAMPLES]), seed, z.dtype.name)
+        v = backend.random_signs_like(z[:_SAMPLES], seed)
         self.pairing += ops.cast(ops.sum(v * z[:_SAMPLES]), self.pairing.dtype)
         for path in self._rule.paths(self._layer, remembered, z):
             value = values.get(id(path.variable))

@@ -2,6 +2,7 @@
 
 import cases
 import diagonals
+import keras
 import numpy as np
 import pytest
 from diagonals import assert_unbiased, mixing, probed
@@ -155,3 +156,33 @@ def test_a_loss_that_mixes_outputs_with_something_else(mixed, float64):
         # What the refusal is for: nothing else tells that the mean would be wrong.
         with pytest.raises(AssertionError):
             assert_unbiased(samples(op, control_variate=True, count=1024), truth)
+
+
+class Autoencoder(keras.Model):
+    """Its outputs are parts of one layer's; the loss goes on with another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = layers.Dense(4), layers.Dense(3)
+
+    def call(self, x):
+        return ops.split(self.encoder(x), 2, axis=-1)
+
+    def loss_of(self, x, y=None):
+        mean, spread = self(x)
+        noise = keras.random.normal((ops.shape(x)[0], 2), seed=0)
+        image = ops.tanh(self.decoder(mean + ops.exp(spread) * noise))
+        return ops.mean(ops.square(x - image)) + ops.mean(ops.square(spread))
+
+
+def test_layers_that_are_used_after_the_outputs_of_the_model(float64):
+    """Shifts of outputs are made before theirs, and open shapes reach the loop."""
+    model, x = Autoencoder(), cases._numbers(5, 3)
+    model.loss_of(x)
+    model.compile()
+    op = kc.HessianOperator(model, x, loss_fn=lambda m, x, y: m.loss_of(x))
+    truth = np.diag(op.to_dense())
+    np.testing.assert_allclose(diagonals.exact(op)[0], truth, rtol=1e-6, atol=1e-9)
+    assert not controllable(op)
+    assert set(op.layer_outputs.coverage.values()) == {"layer outputs"}
+    assert_unbiased(samples(op, count=256), truth)
