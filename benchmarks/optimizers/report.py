@@ -221,7 +221,8 @@ def write():
     draw_rates(all_results, IMAGES / "optimizer_learning_rates.png")
 
 
-def _panels():
+def _panels(path):
+    """An axis for each task, in a picture that is saved when all are drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,7 +236,7 @@ def _panels():
         yield axis, task
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    yield figure, None
+    figure.savefig(path, dpi=80)
 
 
 def _style(name):
@@ -247,10 +248,7 @@ def _style(name):
 
 def draw_curves(all_results, key, path):
     """Held-out loss against steps or seconds, median of the seeds."""
-    for axis, task in _panels():
-        if task is None:
-            axis.savefig(path, dpi=80)
-            return
+    for axis, task in _panels(path):
         results = all_results[task]
         lowest = math.inf
         for name in DRAWN:
@@ -272,10 +270,7 @@ def draw_curves(all_results, key, path):
 
 def draw_rates(all_results, path):
     """Held-out loss of the tuning trials against the learning rate."""
-    for axis, task in _panels():
-        if task is None:
-            axis.savefig(path, dpi=80)
-            return
+    for axis, task in _panels(path):
         results = all_results[task]
         lowest = math.inf
         for name in DRAWN:

@@ -35,52 +35,50 @@ def check_arguments(
     Raises:
         ValueError: naming the argument, what it must be and what was received.
     """
-    _check(
-        update_freq == "epoch" or _is_count(update_freq, 1),
+    check(
+        update_freq == "epoch" or is_count(update_freq, 1),
         'must be a positive number of batches, or "epoch"',
         update_freq=update_freq,
     )
-    _check(
-        _is_count(num_matvecs, 0),
+    check(
+        is_count(num_matvecs, 0),
         "must be a number of products, or 0 for no norm and no eigenvalue",
         num_matvecs=num_matvecs,
     )
-    _check(
-        _is_count(diagonal_samples, 1),
+    check(
+        is_count(diagonal_samples, 1),
         "must be a positive number of samples",
         diagonal_samples=diagonal_samples,
     )
-    _check(
+    check(
         diagonal in _DIAGONALS,
         f"must be one of {', '.join(map(repr, _DIAGONALS))}",
         diagonal=diagonal,
     )
-    _check(
-        isinstance(spectral_density, bool) or _is_count(spectral_density, 0),
+    check(
+        isinstance(spectral_density, bool) or is_count(spectral_density, 0),
         "must be True for one at every probe, n for one at every n-th, or False",
         spectral_density=spectral_density,
     )
-    _check(
+    check(
         num_matvecs or diagonal is not None or spectral_density,
         "leaves nothing to measure together with num_matvecs=0",
         diagonal=diagonal,
     )
-    _check(
+    check(
         max_overhead is None or 0 < max_overhead < 1,
         "must be a share of the time between 0 and 1, such as 0.05",
         max_overhead=max_overhead,
     )
-    _check(
-        on_error in ("warn", "raise"), 'must be "warn" or "raise"', on_error=on_error
-    )
-    _check(_is_count(seed, 0), "must be a non-negative integer", seed=seed)
-    _check(
+    check(on_error in ("warn", "raise"), 'must be "warn" or "raise"', on_error=on_error)
+    check(is_count(seed, 0), "must be a non-negative integer", seed=seed)
+    check(
         log_dir is None or isinstance(log_dir, (str, os.PathLike)),
         "must be a path, or None",
         log_dir=log_dir,
     )
     for name, value in options.items():
-        _check(
+        check(
             name in _OPTIONS,
             f"is no argument of CurvatureMonitor. Further ones are "
             f"{', '.join(_OPTIONS)}; weights of samples belong in `probe_data`",
@@ -96,7 +94,7 @@ def unpacked(data):
     """
     if not isinstance(data, (tuple, list)):
         return (data,)
-    _check(
+    check(
         1 <= len(data) <= 3,
         "must be (x, y), (x, y, sample_weight), or a data set",
         probe_data=f"a {type(data).__name__} of length {len(data)}",
@@ -104,7 +102,8 @@ def unpacked(data):
     return tuple(data)
 
 
-def _is_count(value, least):
+def is_count(value, least):
+    """Whether a value is an integer, and not below the least one."""
     return (
         isinstance(value, (int, np.integer))
         and not isinstance(value, bool)
@@ -112,7 +111,12 @@ def _is_count(value, least):
     )
 
 
-def _check(condition, demand, **argument):
+def check(condition, demand, **argument):
+    """Refuses an argument, named by keyword, that does not meet a demand.
+
+    Raises:
+        ValueError: saying what it must be and what was received.
+    """
     if not condition:
         (name, value), *_ = argument.items()
         raise ValueError(f"`{name}` {demand}. Received: {name}={value!r}.")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_curvature.callbacks.arguments import check, is_count
 from keras_curvature.callbacks.curvature_monitor import CurvatureMonitor
 
 
@@ -66,11 +67,9 @@ class _RandomRows(keras.utils.PyDataset):
 
     def __init__(self, data, size, seed):
         super().__init__()
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(
-                "`batch_size` must be a positive number of samples. "
-                f"Received: batch_size={size!r}."
-            )
+        check(
+            is_count(size, 1), "must be a positive number of samples", batch_size=size
+        )
         self._arrays = tree.map_structure(ops.convert_to_numpy, tuple(data))
         counts = {len(a) for a in tree.flatten(self._arrays)}
         if len(counts) != 1 or 0 in counts:

@@ -92,13 +92,12 @@ class ExactDiagonal:
         # Rounding is orders below, a curved activation orders above.
         threshold = np.finfo(operator.dtype).eps ** (2 / 3)
         notes = self._layer_outputs.notes["exact"]
-        piecewise = set()
+        piecewise, num_outputs = set(), math.inf
         if float(coupling) < threshold:
             piecewise = {k for k, size in departures.items() if float(size) < threshold}
-        else:
-            notes = dataclasses.replace(notes, num_outputs=math.inf)
+            num_outputs = self._layer_outputs.num_outputs
         diagonal = {i for i, size in penalties.items() if float(size) < threshold}
-        plan = self._cheapest(notes, piecewise, diagonal, float(noise))
+        plan = self._cheapest(notes, piecewise, diagonal, num_outputs, float(noise))
         if not (piecewise or penalties) and plan.num_outputs > FEW_OUTPUTS:
             self._lasting_plan = plan
         return plan
@@ -129,8 +128,7 @@ class ExactDiagonal:
         one = ops.ones((), recording.tapes.loss.dtype.name)
         departures = dict.fromkeys(recording.uses, one)
         coupling = noise = one
-        notes.num_outputs = self._layer_outputs.num_outputs
-        if notes.num_outputs < math.inf:
+        if self._layer_outputs.num_outputs < math.inf:
             coupling = gauss_newton.coupling(recording, seed)
             found, noise = gauss_newton.departure(recording, seed)
             departures.update({k: found[k] for k in departures if k in found})
@@ -143,7 +141,7 @@ class ExactDiagonal:
         }
         return coupling, departures, noise, penalties
 
-    def _cheapest(self, notes, piecewise, diagonal_penalty, noise):
+    def _cheapest(self, notes, piecewise, diagonal_penalty, num_outputs, noise):
         size = dict(enumerate(self._operator.sizes))
         ways = dict.fromkeys(size, "parameters")
         # Layers that share a variable or an output go the same way.
@@ -164,14 +162,14 @@ class ExactDiagonal:
                 certified.append(variables)
                 certified_cost += cheapest
             cost += cheapest
-        if certified_cost > notes.num_outputs:
-            cost += notes.num_outputs - certified_cost
+        if certified_cost > num_outputs:
+            cost += num_outputs - certified_cost
             for variables in certified:
                 ways.update(dict.fromkeys(variables, "gauss_newton"))
         names = unique_names(self._operator.variables)
         named = {names[i]: way for i, way in ways.items()}
         total = int(cost + sum(size[i] for i in free))
-        return Plan(named, total, notes.num_outputs, noise)
+        return Plan(named, total, num_outputs, noise)
 
     def _diagonal(self, batch, ways):
         probe = self._operator.probe
@@ -212,14 +210,12 @@ class _Notes:
         layer_of: `{index of a source: its layer}`.
         size_of: `{index of a source: its entries per sample}`.
         penalized: variables that also act on the loss directly.
-        num_outputs: number of the model's scalar outputs per sample.
     """
 
     uses_of: dict
     layer_of: dict
     size_of: dict
     penalized: set
-    num_outputs: float = math.inf
 
     @classmethod
     def of(cls, recording):

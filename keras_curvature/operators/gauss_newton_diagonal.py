@@ -179,10 +179,7 @@ def _penalty(tapes, i):
         return backend.sum_over_range(entry, size, max(1, min(256, 2**20 // size)))[0]
 
     ones = product(ops.ones_like(source))
-    signs = [
-        backend.random_signs(source.shape, (i, number), source.dtype.name)
-        for number in range(2)
-    ]
+    signs = [backend.random_signs_like(source, (i, number)) for number in range(2)]
     distance = [ops.max(ops.abs(v * product(v) - ones)) for v in signs]
     threshold = np.finfo(source.dtype.name).eps ** (2 / 3) * ops.max(ops.abs(ones))
     diagonal = ops.maximum(*distance) <= threshold
