@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the float type, and two devices on any machine."""
+"""Fixtures for all tests: the float type, and several devices on any machine."""
 
 import os
 
@@ -6,20 +6,30 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import cases
+import keras
 import pytest
-import tensorflow as tf
 
-# A second CPU device, to test placement and distribution without a GPU. TensorFlow
-# takes this setting only before its first operation.
-_CPU = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(
-    _CPU, [tf.config.LogicalDeviceConfiguration()] * 2
-)
+# More CPU devices than one, to test placement and distribution without an accelerator.
+# The frameworks take these settings only before their first operation.
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+elif keras.backend.backend() == "jax":
+    import jax
+
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    )
+    jax.config.update("jax_enable_x64", True)
 
 
 @pytest.fixture(scope="session")
 def mirrored():
-    """The one strategy over both devices.
+    """The one strategy over both devices, on TensorFlow.
 
     Each `MirroredStrategy` numbers its collective operations from the same start, so
     the second one to train in a process meets the first one's shapes.

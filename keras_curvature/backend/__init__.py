@@ -1,81 +1,97 @@
-"""The array framework behind the package.
+"""The array framework behind the package: the one that Keras runs on.
 
-The rest of the package imports this room, never a module inside it. Each Keras
-backend defines the same handful of functions; see the modules `tensorflow` and
-`tensorflow_*` for their contracts.
+The rest of the package imports this room, never a module inside it. `contract` says
+what each name means.
 """
 
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from keras_curvature.backend.tensorflow import (
-        array,
-        compiled,
-        current_trace,
-        device_of,
-        fold_seed,
-        is_tensor,
-        num_replicas,
-        num_traces,
-        on_device,
-        placed,
-        random_normal,
-        random_signs,
-        random_signs_like,
-        values_of,
-    )
-    from keras_curvature.backend.tensorflow_graphs import (
-        is_used,
-        reaches,
-        silent_errors,
-    )
-    from keras_curvature.backend.tensorflow_loops import (
-        loop_over_range,
-        map_over_range,
-        sum_over_chunks,
-        sum_over_range,
-    )
-    from keras_curvature.backend.tensorflow_tapes import (
-        GradientProducts,
-        exact_second_derivatives,
-        finite_difference_products,
-        gradient,
-        with_constant_cotangent,
-    )
+from keras_curvature.backend.contract import (
+    Caveat,
+    Findings,
+    NotTwiceDifferentiable,
+    Outline,
+    Recording,
+    Shape,
+    Tensor,
+)
+from keras_curvature.backend.nested import flatten
+
+_NAME = keras.backend.backend()
+
+if _NAME == "tensorflow":
+    from keras_curvature.backend import tensorflow as _backend
+elif _NAME == "jax":
+    from keras_curvature.backend import jax as _backend
+elif _NAME == "torch":
+    from keras_curvature.backend import torch as _backend
 else:
     raise ImportError(
-        "keras_curvature computes second derivatives with TensorFlow and needs "
-        "Keras to run on it. "
-        f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
-        "Set the environment variable KERAS_BACKEND=tensorflow (or "
-        '"backend": "tensorflow" in ~/.keras/keras.json) before importing keras.'
+        "keras_curvature computes second derivatives with TensorFlow, JAX or PyTorch. "
+        f"Received: keras.backend.backend()={_NAME!r}. Set the environment variable "
+        "KERAS_BACKEND to one of tensorflow, jax and torch before importing keras."
     )
 
+PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
+array = _backend.array
+compiled = _backend.compiled
+current_trace = _backend.current_trace
+examine = _backend.examine
+fold_in = _backend.fold_in
+function_of_variables = _backend.function_of_variables
+gradient = _backend.gradient
+hold_cotangent = _backend.hold_cotangent
+is_tensor = _backend.is_tensor
+loop_range = _backend.loop_range
+map_range = _backend.map_range
+normal = _backend.normal
+num_replicas = _backend.num_replicas
+num_traces = _backend.num_traces
+on = _backend.on
+outline = _backend.outline
+place_of = _backend.place_of
+placed = _backend.placed
+record = _backend.record
+signs = _backend.signs
+sum_chunks = _backend.sum_chunks
+sum_range = _backend.sum_range
+twice_differentiable = _backend.twice_differentiable
+values = _backend.values
+wide_float = _backend.wide_float
+
 __all__ = [
-    "GradientProducts",
+    "PRODUCTS_PER_PASS",
+    "Caveat",
+    "Findings",
+    "NotTwiceDifferentiable",
+    "Outline",
+    "Recording",
+    "Shape",
+    "Tensor",
     "array",
     "compiled",
     "current_trace",
-    "device_of",
-    "exact_second_derivatives",
-    "finite_difference_products",
-    "fold_seed",
+    "examine",
+    "flatten",
+    "fold_in",
+    "function_of_variables",
     "gradient",
+    "hold_cotangent",
     "is_tensor",
-    "is_used",
-    "loop_over_range",
-    "map_over_range",
-    "num_traces",
+    "loop_range",
+    "map_range",
+    "normal",
     "num_replicas",
-    "on_device",
+    "num_traces",
+    "on",
+    "outline",
+    "place_of",
     "placed",
-    "random_normal",
-    "random_signs",
-    "random_signs_like",
-    "reaches",
-    "silent_errors",
-    "sum_over_chunks",
-    "sum_over_range",
-    "values_of",
-    "with_constant_cotangent",
+    "record",
+    "signs",
+    "sum_chunks",
+    "sum_range",
+    "twice_differentiable",
+    "values",
+    "wide_float",
 ]

@@ -1,165 +1,371 @@
-"""TensorFlow: compiling, tensors, devices and random numbers.
+"""The contract on TensorFlow: derivatives by tapes, tensors, places, random numbers.
 
-Next to it are `tensorflow_tapes` (derivatives), `tensorflow_loops` and
+Next to it are `tensorflow_loops` (compiled functions and loops) and
 `tensorflow_graphs` (what a traced graph tells).
-
-Everything here works on plain tensors and functions of them. The conventions:
-
-* *sources* are what a loss is differentiated by: a list of tensors or
-  `tf.Variable`s;
-* a *direction* is a list of tensors shaped like the sources;
-* functions are pure and traceable unless their docstring says otherwise.
 """
 
 import contextlib
-import functools
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import keras
 import tensorflow as tf
 
-from keras_curvature.backend.tensorflow_loops import vectorizing, without_vectorizing
+from keras_curvature.backend.contract import (
+    Direction,
+    Name,
+    NotTwiceDifferentiable,
+    Tensor,
+)
+from keras_curvature.backend.tensorflow_graphs import HELD, examine, outline
+from keras_curvature.backend.tensorflow_loops import (
+    compiled,
+    loop_range,
+    map_range,
+    num_traces,
+    sum_chunks,
+    sum_range,
+)
 
-_traces = [0]
+__all__ = [
+    "PRODUCTS_PER_PASS",
+    "array",
+    "compiled",
+    "current_trace",
+    "examine",
+    "fold_in",
+    "function_of_variables",
+    "gradient",
+    "hold_cotangent",
+    "is_tensor",
+    "loop_range",
+    "map_range",
+    "normal",
+    "num_replicas",
+    "num_traces",
+    "on",
+    "outline",
+    "place_of",
+    "placed",
+    "record",
+    "signs",
+    "sum_chunks",
+    "sum_range",
+    "twice_differentiable",
+    "values",
+    "wide_float",
+]
+
+#: More products would make the graph larger for little gain: k of them cost about
+#: 1 + 1.35 k gradients.
+PRODUCTS_PER_PASS = 4
+
+# Derivatives
 
 
-def num_traces():
-    """Number of graphs that were traced so far, of all compiled functions."""
-    return _traces[0]
+def gradient(
+    function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]], point: Direction
+) -> tuple[Tensor, dict[Name, Tensor], dict[Name, Tensor]]:
+    """See the contract."""
+    sources = list(point.values())
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(sources)
+        loss, taps = function(point)
+    parts = tape.gradient(loss, sources, unconnected_gradients="zero")
+    return loss, taps, _like(point, dict(zip(point, parts, strict=True)))
 
 
-def compiled(function, jit_compile=False):
-    """Compiles a function of tensors (nested structures allowed).
+class record:  # noqa: N801 - called like a function, as on the other backends.
+    """See the contract: a `Recording`, by tape over tape.
 
-    The graph is traced once per signature; when a dimension varies from call to
-    call (the last batch of a data set), the second trace leaves it open.
-
-    Args:
-        function: a pure function of tensors.
-        jit_compile: whether XLA compiles the graph as well. Off by default: XLA
-            gets second derivatives of max-pooling wrong and is slower on a CPU.
-
-    Returns:
-        A callable with a method `traces()`, the number of graphs made so far.
+    Every call of a product costs one more backward pass (about 1.35 gradients, where
+    a lone product costs 2 to 2.4).
     """
-    # TensorFlow counts traces by the code of a function, over all operators, and would
-    # take the second model for a mistake; a `partial` is counted by itself.
-    options = {
-        "jit_compile": jit_compile,
-        "autograph": False,
-        "reduce_retracing": True,
-    }
 
-    def counted(*args):
-        _traces[0] += 1
-        return function(*args)
+    def __init__(
+        self,
+        function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]],
+        point: Direction,
+    ) -> None:
+        self._point = dict(point)
+        sources = list(point.values())
+        self._outer = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+        with self._outer:
+            with tf.GradientTape(watch_accessed_variables=False) as inner:
+                self._outer.watch(sources)
+                inner.watch(sources)
+                self.loss, self.taps = function(self._point)
+            parts = dict(zip(point, inner.gradient(self.loss, sources), strict=True))
+            # A gather's gradient is a sparse `IndexedSlices`, which cannot be
+            # paired with a direction: make it dense while the outer tape looks on.
+            self._connected = {
+                name: tf.convert_to_tensor(part)
+                for name, part in parts.items()
+                if part is not None
+            }
+        self.gradient = {
+            name: self._connected[name]
+            if name in self._connected
+            else tf.zeros_like(source)
+            for name, source in self._point.items()
+        }
 
-    def one_by_one(*args):
-        with without_vectorizing():
-            return counted(*args)
+    def product(
+        self, moved: Iterable[Name], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """See the contract."""
+        # With `output_gradients` the tape returns Σ_i v_i ∂g_i/∂θ = Hv. Without, it
+        # would return the row sums of H, which are often mistaken for its diagonal.
+        return self._backward({n: self._connected.get(n) for n in moved}, wanted)
 
-    traced = tf.function(functools.partial(counted), **options)
-    state = {"call": traced}
+    def pull_back(
+        self, taps: Iterable[Name], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """See the contract."""
+        return self._backward({name: self.taps[name] for name in taps}, wanted)
 
-    def call(*args):
-        before = vectorizing.count
+    def _backward(
+        self, targets: dict[Name, Tensor | None], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        sources = {name: self._point[name] for name in wanted}
+
+        def backward(weights: Direction) -> dict[Name, Tensor]:
+            pairs = [(t, weights[n]) for n, t in targets.items() if t is not None]
+            if not pairs or not sources:
+                return {name: tf.zeros_like(s) for name, s in sources.items()}
+            with _missing_derivatives_named():
+                parts = self._outer.gradient(
+                    [t for t, _ in pairs],
+                    list(sources.values()),
+                    output_gradients=[w for _, w in pairs],
+                    unconnected_gradients="zero",
+                )
+            return _like(sources, dict(zip(sources, parts, strict=True)))
+
+        return backward
+
+
+def _like(point: Direction, parts: Direction) -> dict[Name, Tensor]:
+    """Dense gradients that know their shapes, also in the body of a loop."""
+    dense = {name: tf.convert_to_tensor(part) for name, part in parts.items()}
+    for name, part in dense.items():
+        if not tf.executing_eagerly():
+            part.set_shape(point[name].shape)
+    return dense
+
+
+@contextlib.contextmanager
+def _missing_derivatives_named() -> Iterator[None]:
+    """Translates TensorFlow's error for a gradient that it does not have."""
+    try:
+        yield
+    except LookupError as error:
+        # `gradient registry has no entry for: X` if eager, in graphs
+        # `No gradient defined for operation 'name' (op type: X)`.
+        found = re.search(
+            r"registry has no entry for: (\w+)|No gradient.*\(op type: (\w+)\)",
+            str(error),
+        )
+        if found is None:
+            raise  # A KeyError of the user's own function, for instance.
+        raise NotTwiceDifferentiable(
+            f"{found[1] or found[2]} has no second derivative in TensorFlow. Use "
+            'central differences of the gradient instead: hvp="finite_difference".'
+        ) from error
+
+
+@tf.custom_gradient
+def hold_cotangent(x: Tensor) -> Any:
+    """See the contract.
+
+    With `f` the tensor and `g = ∂L/∂f`, the gradient `Jᵀ g` by what `f` was computed
+    from is right, and its derivative is `Σ_c g_c ∂²f_c`, without `Jᵀ (∂²L/∂f²) J`.
+    """
+    return tf.identity(x), lambda g: tf.stop_gradient(g, name=HELD)
+
+
+def function_of_variables(
+    function: Callable[[], Tensor], variables: Sequence[Any]
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """See the contract."""
+    raw = [_raw(variable) for variable in variables]
+
+    def of_values(values: Sequence[Tensor]) -> Tensor:
+        if all(_raw(x) is variable for x, variable in zip(values, raw, strict=True)):
+            return function()
+        # Tapes that watch the values do not see them pass through the variables, so
+        # the gradient is taken where the function is, and handed to them.
+        originals = [tf.identity(variable) for variable in raw]
         try:
-            return state["call"](*args)
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
-            # Some operations vectorize but then do not run: the gradient of a
-            # grouped convolution on a CPU.
-            if vectorizing.count == before or state["call"] is not traced:
-                raise
-            state["call"] = tf.function(functools.partial(one_by_one), **options)
-            return state["call"](*args)
+            _assign(raw, values)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(raw)
+                loss = tf.convert_to_tensor(function())
+            parts = tape.gradient(loss, raw, unconnected_gradients="zero")
+            parts = [tf.convert_to_tensor(part) for part in parts]
+        finally:
+            _assign(raw, originals)
 
-    call.traces = lambda: state["call"].experimental_get_tracing_count()
-    return call
+        @tf.custom_gradient
+        def known(*values: Tensor) -> Any:
+            del values
+            return tf.identity(loss), lambda g: [g * part for part in parts]
+
+        return known(*values)
+
+    return of_values
 
 
-def is_tensor(x):
-    """Whether `x` is a tensor of this backend."""
+def _raw(variable: Any) -> Any:
+    """The framework's own variable inside a Keras variable."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _assign(variables: Sequence[Any], values: Sequence[Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+class _Exactness:
+    """What `twice_differentiable` changes in TensorFlow, and how it was before."""
+
+    lock = threading.Lock()
+    depth = 0
+    moments: Any = None
+    tensor_float_32 = False
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """See the contract.
+
+    `tf.nn.moments`, which Keras' normalization layers call, computes its variance
+    around `stop_gradient(mean)`. The gradient is exact, the Hessian is not, and it
+    is still symmetric, so nothing looks wrong. Within this context the public
+    function is replaced by one without the shortcut. Graphs traced outside are not
+    affected. TF32, whose matrix products are good to three digits, is off.
+
+    The first one in changes TensorFlow and the last one out restores it. Nobody
+    holds the lock in between: the threads of a strategy's replicas enter while the
+    thread that waits for them is inside.
+    """
+    with _Exactness.lock:
+        if _Exactness.depth == 0:
+            _Exactness.moments = tf.nn.moments
+            _Exactness.tensor_float_32 = (
+                tf.config.experimental.tensor_float_32_execution_enabled()
+            )
+            tf.nn.moments = _exact_moments
+            tf.config.experimental.enable_tensor_float_32_execution(False)
+        _Exactness.depth += 1
+    try:
+        yield
+    finally:
+        with _Exactness.lock:
+            _Exactness.depth -= 1
+            if _Exactness.depth == 0:
+                tf.nn.moments = _Exactness.moments
+                tf.config.experimental.enable_tensor_float_32_execution(
+                    _Exactness.tensor_float_32
+                )
+
+
+def _exact_moments(
+    x: Any, axes: Any, shift: Any = None, keepdims: bool = False, name: Any = None
+) -> tuple[Tensor, Tensor]:
+    """`tf.nn.moments` with a variance that depends on the mean, as it does."""
+    del shift  # The original ignores it as well.
+    with tf.name_scope(name or "moments"):
+        y = tf.cast(x, tf.float32) if x.dtype in (tf.float16, tf.bfloat16) else x
+        mean = tf.reduce_mean(y, axes, keepdims=True)
+        variance = tf.reduce_mean(
+            tf.math.squared_difference(y, mean), axes, keepdims=keepdims
+        )
+        if not keepdims:
+            mean = tf.squeeze(mean, axes)
+        return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
+
+
+# Tensors and places
+
+
+def current_trace() -> Any:
+    """See the contract."""
+    return tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
+
+
+def is_tensor(x: Any) -> bool:
+    """See the contract."""
     return isinstance(x, tf.Tensor)
 
 
-def array(x, dtype=None):
-    """`x` as a tensor of this backend, on the current device."""
+def array(x: Any, dtype: str | None = None) -> Tensor:
+    """See the contract."""
     if is_tensor(x) and (dtype is None or x.dtype == tf.as_dtype(dtype)):
         return x
     return tf.cast(x, dtype) if is_tensor(x) else tf.convert_to_tensor(x, dtype)
 
 
-def values_of(variables):
-    """The current values of Keras or TensorFlow variables, as tensors."""
-    raw = [getattr(variable, "value", variable) for variable in variables]
-    return [tf.convert_to_tensor(v() if callable(v) else v) for v in raw]
+def values(variables: Iterable[Any]) -> list[Tensor]:
+    """See the contract."""
+    return [tf.convert_to_tensor(_raw(variable)) for variable in variables]
 
 
-def device_of(variable):
-    """The name of the device that holds a variable; empty when unknown."""
-    value = getattr(variable, "value", None)
-    # A Keras variable holds a TensorFlow one; `value` of the latter is a method.
-    raw = variable if value is None or callable(value) else value
-    return getattr(raw, "device", "") or ""
+def wide_float() -> str:
+    """See the contract."""
+    return "float64"
 
 
-def on_device(device):
-    """A context in which new tensors are placed on `device` (a name)."""
-    return tf.device(device) if device else contextlib.nullcontext()
+def place_of(variable: Any) -> str | None:
+    """See the contract: the name of a device, `None` when unknown."""
+    return getattr(_raw(variable), "device", None) or None
 
 
-def num_replicas():
-    """Number of replicas of the distribution strategy whose scope we are in, or 1."""
-    return tf.distribute.get_strategy().num_replicas_in_sync
+def on(place: str | None) -> contextlib.AbstractContextManager[Any]:
+    """See the contract."""
+    return tf.device(place) if place else contextlib.nullcontext()
 
 
-def placed(x, device):
-    """`x` as a tensor on `device` (a name; empty for wherever it is)."""
-    with on_device(device):
+def placed(x: Any, place: str | None) -> Tensor:
+    """See the contract."""
+    with on(place):
         x = array(x)
-        return x if not device or x.device == device else tf.identity(x)
+        return x if not place or x.device == place else tf.identity(x)
 
+
+def num_replicas() -> int:
+    """See the contract."""
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+# Random numbers
 
 #: The default is chosen by device, and reads negative seeds differently under XLA.
 _GENERATOR = "philox"
 
 
-def random_signs(shape, seed, dtype="float32"):
-    """Rademacher directions: independent random signs ±1, each with probability ½.
-
-    Args:
-        shape: shape of the result (a tensor or a tuple).
-        seed: two integers, as a pair or an int tensor of shape `(2,)`. The same
-            seed always gives the same signs; no global random state is read or
-            written, and inside a compiled function a seed passed as a tensor
-            gives fresh signs on every call.
-        dtype: floating type of the result.
-    """
-    bits = tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32, alg=_GENERATOR)
-    return tf.cast(2 * bits - 1, dtype)
+def signs(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
+    """See the contract."""
+    bits = tf.random.stateless_uniform(shape, key, 0, 2, tf.int32, alg=_GENERATOR)
+    return _shaped(tf.cast(2 * bits - 1, dtype), shape)
 
 
-def random_signs_like(tensor, seed):
-    """Random signs of the shape and dtype of a tensor; `seed` as in `random_signs`."""
-    signs = random_signs(tf.shape(tensor), seed, tensor.dtype)
-    # Known also in the body of a loop, where TensorFlow does not see it.
-    signs.set_shape(tensor.shape)
-    return signs
+def normal(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
+    """See the contract."""
+    numbers = tf.random.stateless_normal(shape, key, dtype=dtype, alg=_GENERATOR)
+    return _shaped(numbers, shape)
 
 
-def fold_seed(seed, number):
-    """A seed that differs for each `number`; both may be tensors."""
-    seed = tf.cast(seed, tf.int32)
-    return tf.random.experimental.stateless_fold_in(seed, number, alg=_GENERATOR)
+def fold_in(key: Tensor, number: Any) -> Tensor:
+    """See the contract."""
+    key = tf.cast(key, tf.int32)
+    return tf.random.experimental.stateless_fold_in(key, number, alg=_GENERATOR)
 
 
-def random_normal(shape, seed, dtype="float32"):
-    """Independent standard normal numbers; `seed` as in `random_signs`."""
-    return tf.random.stateless_normal(shape, seed, dtype=dtype, alg=_GENERATOR)
-
-
-def current_trace():
-    """What is being traced right now: an object to compare with `is`.
-
-    The body of a loop or of a branch is a trace of its own, whose tensors cannot be
-    used outside of it.
-    """
-    return tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
+def _shaped(x: Tensor, shape: Sequence[Any]) -> Tensor:
+    """`x` with what is known of its shape, also in the body of a loop."""
+    if not tf.executing_eagerly():
+        x.set_shape([n if isinstance(n, int) else None for n in shape])
+    return x

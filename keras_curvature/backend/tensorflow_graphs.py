@@ -1,15 +1,30 @@
-"""What TensorFlow leaves out of derivatives in silence, found in the traced graph.
+"""What can be read in a traced graph before it runs.
 
-Some operations are registered as not differentiable although they are: a tape takes
-their derivative for zero, without an error. The result is finite, often symmetric, and
-wrong. This module reads the graph while it is being traced and names them.
+Two questions: what a function's results are computed from, and what TensorFlow leaves
+out of derivatives in silence. Some operations are registered as not differentiable
+although they are: a tape takes their derivative for zero, without an error. The result
+is finite, often symmetric, and wrong.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import tensorflow as tf
+from keras import tree
+
+from keras_curvature.backend.contract import (
+    Caveat,
+    Direction,
+    Findings,
+    Name,
+    Outline,
+    Shape,
+    Tensor,
+)
 
 #: Where already the first derivative stops: training does not follow the gradient of
 #: the loss either. `StopGradient` does so on purpose.
-_STOP_GRADIENTS = {
+STOP_GRADIENTS = {
     "StopGradient",
     "DrawBoundingBoxes",
     "ExtractGlimpse",
@@ -23,7 +38,7 @@ _STOP_GRADIENTS = {
 
 #: Gradients that are themselves registered as not differentiable: first derivatives
 #: are right, second derivatives are not.
-_STOP_SECOND_DERIVATIVES = {
+STOP_SECOND_DERIVATIVES = {
     "ResizeBilinearGrad",
     "FakeQuantWithMinMaxArgsGradient",
     "FakeQuantWithMinMaxVarsGradient",
@@ -33,87 +48,116 @@ _STOP_SECOND_DERIVATIVES = {
 #: XLA finds the position of the maximum from rounded inputs in second derivatives.
 _WRONG_IN_XLA = {"MaxPool", "MaxPoolV2", "MaxPool3D", "MaxPoolWithArgmax"}
 
+#: Which kinds of caveats the types of operations bring.
+_KINDS = {
+    "gradient": STOP_GRADIENTS,
+    "second_derivative": STOP_SECOND_DERIVATIVES,
+    "xla": _WRONG_IN_XLA,
+}
+
+#: Name of the operation by which `hold_cotangent` stops a gradient.
+HELD = "held_cotangent"
+
+#: Operations that read the shape of a tensor and not what it holds.
+_READ_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+
 #: Operations on floating-point numbers whose derivative is indeed zero.
-_FLAT = {"Sign", "Floor", "Ceil", "Round", "Rint", "ZerosLike", "OnesLike"}
+_FLAT = {"Sign", "Floor", "Ceil", "Round", "Rint"} | _READ_SHAPES
 
 #: What the walk from a StopGradient back to a maximum may pass: type to input.
 _PASSES = {"Select": 1, "SelectV2": 1, "Identity": 0, "Reshape": 0, "Squeeze": 0}
 
 
-#: Operations that read the shape of a tensor and not what it holds.
-_READ_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+def outline(function: Callable[..., Any], *args: Any) -> Outline:
+    """See the contract. Variables that the function captures have no position."""
+    with tf.__internal__.FuncGraph("outline").as_default() as graph:
+        leaves = [None if a is None else _placeholder(a) for a in tree.flatten(args)]
+        results = function(*tree.pack_sequence_as(args, leaves))
+        results = tree.map_structure(
+            lambda r: None if r is None else tf.convert_to_tensor(r), results
+        )
+    # What each operation is computed from, as the bits of an integer: one pass over
+    # the graph, whose operations come in the order of their making.
+    origins = {a.op: 1 << i for i, a in enumerate(leaves) if a is not None}
+    for op in graph.get_operations():
+        if op.type not in _READ_SHAPES:
+            found = origins.get(op, 0)
+            for tensor in op.inputs:
+                found |= origins.get(tensor.op, 0)
+            origins[op] = found
+
+    def shape(r: Tensor) -> Shape | None:
+        return None if r is None else Shape(tuple(r.shape.as_list()), r.dtype.name)
+
+    def origin(r: Tensor) -> frozenset[int] | None:
+        return None if r is None else frozenset(_bits(origins.get(r.op, 0)))
+
+    return Outline(
+        tree.map_structure(shape, results), tree.map_structure(origin, results)
+    )
 
 
-def reaches(sources, targets, stops=()):
-    """While tracing: whether any target is computed from any of the sources.
+def examine(
+    function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]], point: Direction
+) -> Findings:
+    """See the contract.
 
-    Stopped gradients and integers count, shapes do not. `True` when nothing is being
-    traced, because nobody can know.
-
-    Args:
-        sources: list of tensors or `tf.Variable`s.
-        targets: list of tensors.
-        stops: tensors that are taken as given: what they come from does not count.
-    """
-    if tf.executing_eagerly():
-        return True
-    starts, seen = {_start(s).op for s in sources}, {s.op for s in stops}
-    ops = [t.op for t in targets if tf.is_tensor(t) and hasattr(t, "graph")]
-    while ops:
-        op = ops.pop()
-        if op in starts:
-            return True
-        if op not in seen and op.type not in _READ_SHAPES:
-            seen.add(op)
-            ops.extend(t.op for t in op.inputs)
-    return False
-
-
-def is_used(tensor):
-    """While tracing: whether anything has been computed from a tensor's contents."""
-    if tf.executing_eagerly():
-        return True
-    return any(op.type not in _READ_SHAPES for op in tensor.consumers())
-
-
-def silent_errors(sources, gradients):
-    """While tracing: operations whose derivatives TensorFlow gets wrong in silence.
-
-    Only operations through which the gradients depend on the sources count, and
+    Only operations through which the gradient depends on the point count, and
     dependence through integers, comparisons and other flat functions does not.
-
-    Args:
-        sources: list of tensors or `tf.Variable`s, what is differentiated by.
-        gradients: list of the loss's gradients; entries may be `None`.
-
-    Returns:
-        A dictionary of sorted lists of pairs (type, name of the operation):
-        `"gradient"`: first derivatives stop there; `"second_derivative"`: only
-        second derivatives do; `"xla"`: wrong if the graph is compiled by XLA. Empty
-        lists when nothing is being traced.
     """
-    found = {"gradient": set(), "second_derivative": set(), "xla": set()}
-    for kind, name, is_shift in _operations_between(sources, gradients):
-        if kind in _STOP_GRADIENTS and not is_shift:
-            found["gradient"].add((kind, name))
-        if kind in _STOP_SECOND_DERIVATIVES:
-            found["second_derivative"].add((kind, name))
-        if kind in _WRONG_IN_XLA:
-            found["xla"].add((kind, name))
-    return {key: sorted(operations) for key, operations in found.items()}
+    with tf.__internal__.FuncGraph("examine").as_default() as graph:
+        traced = {
+            name: x if isinstance(x, tf.Variable) else _placeholder(x)
+            for name, x in point.items()
+        }
+        sources = list(traced.values())
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            loss, _ = function(traced)
+        gradient = [
+            g if g is None else tf.convert_to_tensor(g)
+            for g in tape.gradient(loss, sources)
+        ]
+        starts = [
+            graph.capture(s.handle) if isinstance(s, tf.Variable) else s
+            for s in sources
+        ]
+        operations = list(_operations_between(starts, gradient, graph))
+    caveats = {
+        Caveat(kind, operation, name)
+        for operation, name, is_shift in operations
+        for kind, types in _KINDS.items()
+        if operation in types and not (kind == "gradient" and is_shift)
+    }
+    return Findings(
+        frozenset(name for name, g in zip(traced, gradient, strict=True) if g is None),
+        tuple(sorted(caveats)),
+    )
 
 
-def _operations_between(sources, gradients):
+def _placeholder(x: Tensor) -> Tensor:
+    x = x if tf.is_tensor(x) else tf.convert_to_tensor(x)
+    return tf.compat.v1.placeholder(x.dtype, x.shape)
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+def _operations_between(
+    starts: Iterable[Tensor], gradient: Iterable[Tensor | None], graph: Any
+) -> Iterator[tuple[str, str, bool]]:
     """Yields (type, name, whether it is a harmless shift) of each operation."""
-    if tf.executing_eagerly():
-        return
-    behind, ops = set(), [g.op for g in gradients if g is not None]
+    behind, ops = set(), [g.op for g in gradient if g is not None]
     while ops:
         op = ops.pop()
         if op not in behind:
             behind.add(op)
             ops.extend(t.op for t in op.inputs)
-    reached, tensors, called = set(), [_start(s) for s in sources], []
+    reached, called, tensors = set(), [], list(starts)
     while tensors:
         for op in tensors.pop().consumers():
             if op not in behind or op in reached:
@@ -125,32 +169,30 @@ def _operations_between(sources, gradients):
                 tensors.extend(t for t in op.outputs if _carries_gradients(t))
     if called:
         # Bodies of loops, branches and calls: each of their operations counts.
-        graph = tf.compat.v1.get_default_graph()
         yield from _operations_inside(called, graph.as_graph_def().library)
 
 
-def _start(source):
-    if isinstance(source, tf.Tensor):
-        return source
-    return tf.compat.v1.get_default_graph().capture(source.handle)
-
-
-def _carries_gradients(tensor):
+def _carries_gradients(tensor: Tensor) -> bool:
     dtype = tensor.dtype
     return dtype.is_floating or dtype.is_complex or dtype in (tf.variant, tf.resource)
 
 
-def _is_shift(op):
+def _is_shift(op: Any) -> bool:
     """Whether it stops the maximum that log-sum-exp subtracts and adds again.
 
     The sum does not depend on that shift, so stopping its gradient changes nothing.
+    What `hold_cotangent` stops is no mistake either.
     """
+    if op.name.rpartition("/")[2].startswith(HELD):
+        return True
     while op.type in _PASSES or op.type == "StopGradient":
         op = op.inputs[_PASSES.get(op.type, 0)].op
     return op.type == "Max"
 
 
-def _operations_inside(names, library):
+def _operations_inside(
+    names: list[str], library: Any
+) -> Iterator[tuple[str, str, bool]]:
     functions = {function.signature.name: function for function in library.function}
     seen = set()
     while names:
@@ -164,13 +206,15 @@ def _operations_inside(names, library):
             yield node.op, node.name, _is_shift_node(node, nodes)
 
 
-def _is_shift_node(node, nodes):
+def _is_shift_node(node: Any, nodes: dict[str, Any]) -> bool:
+    if node.name.rpartition("/")[2].startswith(HELD):
+        return True
     while node is not None and (node.op in _PASSES or node.op == "StopGradient"):
         node = nodes.get(node.input[_PASSES.get(node.op, 0)].split(":")[0])
     return node is not None and node.op == "Max"
 
 
-def _functions(node):
+def _functions(node: Any) -> Iterator[str]:
     """Names of the functions that a node calls."""
     for attribute in node.attr.values():
         if attribute.HasField("func"):

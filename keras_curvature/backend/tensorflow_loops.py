@@ -1,103 +1,195 @@
-"""One function at many indices or on many rows: all at once, or one by one.
+"""Compiled functions, and one function at many indices or on many rows.
 
 What is traced once in a loop's body would otherwise be traced as often as it runs.
 """
 
 import contextlib
+import functools
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
+from keras import tree
 
+from keras_curvature.backend.contract import Tensor
 
-def sum_over_chunks(function, arrays, chunk_size):
-    """`Σ_chunks function(*chunk)`, so that memory is bounded by one chunk.
-
-    Args:
-        function: takes the rows of each array that belong to one chunk; returns a
-            tensor whose shape and dtype do not depend on the chunk.
-        arrays: tensors with the same first dimension.
-        chunk_size: number of rows in a chunk (the last may be shorter).
-    """
-    rows = arrays[0].shape[0]
-    if rows is not None and not tf.is_tensor(chunk_size) and chunk_size >= rows:
-        return function(*arrays)
-    rows = tf.shape(arrays[0])[0]
-
-    def body(start, total):
-        stop = tf.minimum(start + chunk_size, rows)
-        part = function(*[a[start:stop] for a in arrays])
-        return stop, total + part
-
-    first = tf.minimum(chunk_size, rows)
-    initial = function(*[a[:first] for a in arrays])
-    _, total = tf.while_loop(
-        lambda start, _: start < rows, body, (first, initial), parallel_iterations=1
-    )
-    return total
-
-
-def map_over_range(function, count):
-    """`function(i)` for `i = 0 … count − 1`, all at once where TensorFlow can.
-
-    Vectorizing folds the index into the batch axis of every operation, which turns
-    many small products into few large ones. Operations that TensorFlow cannot
-    vectorize (loops) are run one index after the other.
-
-    Args:
-        function: takes a scalar integer tensor, returns a tensor.
-        count: number of indices.
-
-    Returns:
-        The results, stacked along a new first axis.
-    """
-    indices = tf.range(count)
-    try:
-        if vectorizing.off:
-            raise NotImplementedError
-        with _quiet():
-            mapped = tf.vectorized_map(function, indices, fallback_to_while_loop=False)
-        vectorizing.count += 1
-        return mapped
-    except (ValueError, NotImplementedError, LookupError):
-        dtype = tf.TensorSpec.from_tensor(function(tf.constant(0))).dtype
-        return tf.map_fn(
-            function, indices, fn_output_signature=dtype, parallel_iterations=1
-        )
-
-
-def loop_over_range(function, count, dtype):
-    """`function(i)` for `i = 0 … count − 1`, one after the other.
-
-    Its graph is made once, which counts where it is a whole backward pass, and its
-    memory is needed once.
-
-    Args:
-        function: takes a scalar integer tensor, returns a tensor.
-        count: number of indices.
-        dtype: dtype of what it returns.
-
-    Returns:
-        The results, stacked along a new first axis.
-    """
-    if count == 1:
-        return function(tf.constant(0))[None]
-    return tf.map_fn(
-        function, tf.range(count), fn_output_signature=dtype, parallel_iterations=1
-    )
+_traces = [0]
 
 
 class _Vectorizing(threading.local):
-    """Whether `map_over_range` may vectorize, and how often it did."""
+    """Whether `map_range` may vectorize, and how often it did."""
 
     off = False
     count = 0
 
 
-vectorizing = _Vectorizing()
+_vectorizing = _Vectorizing()
+
+
+def num_traces() -> int:
+    """See the contract."""
+    return _traces[0]
+
+
+def compiled(
+    function: Callable[..., Any], jit_compile: bool = False
+) -> Callable[..., Any]:
+    """See the contract.
+
+    When a dimension varies from call to call (the last batch of a data set), the
+    second trace leaves it open. XLA is off by default: it gets second derivatives of
+    max-pooling wrong and is slower on a CPU.
+
+    Returns:
+        A callable with a method `traces()`, the number of graphs made so far.
+    """
+    # `tf.function` sorts the keys of dictionaries, which names of different types
+    # do not allow. So it gets lists, under the number of a structure.
+    structures: list[Any] = []
+    numbers: dict[Any, str] = {}
+
+    def numbered(structure: Any) -> tuple[str, list[Any]]:
+        paths, leaves = [], []
+        for path, leaf in tree.flatten_with_path(structure):
+            paths.append(path)
+            leaves.append(leaf)
+        number = numbers.setdefault(tuple(paths), str(len(structures)))
+        if int(number) == len(structures):
+            structures.append(tree.map_structure(lambda leaf: 0, structure))
+        return number, leaves
+
+    def packed(flat: dict[str, list[Any]]) -> Any:
+        ((number, leaves),) = flat.items()
+        return tree.pack_sequence_as(structures[int(number)], leaves)
+
+    def counted(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        _traces[0] += 1
+        number, leaves = numbered(function(*packed(flat)))
+        return {number: leaves}
+
+    def one_by_one(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        with _without_vectorizing():
+            return counted(flat)
+
+    def traced(function: Callable[..., Any]) -> Any:
+        # TensorFlow counts traces by the code of a function, over all of ours, and
+        # would take the second model for a mistake; a `partial` is counted by itself.
+        return tf.function(
+            functools.partial(function),
+            jit_compile=jit_compile,
+            autograph=False,
+            reduce_retracing=True,
+        )
+
+    state = {"function": traced(counted), "vectorizes": True}
+
+    def call(*args: Any) -> Any:
+        number, leaves = numbered(args)
+        before = _vectorizing.count
+        try:
+            return packed(state["function"]({number: leaves}))
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            # Some operations vectorize but then do not run: the gradient of a
+            # grouped convolution on a CPU.
+            if _vectorizing.count == before or not state["vectorizes"]:
+                raise
+            state.update(function=traced(one_by_one), vectorizes=False)
+            return packed(state["function"]({number: leaves}))
+
+    call.traces = lambda: state["function"].experimental_get_tracing_count()  # type: ignore[attr-defined]
+    return call
+
+
+def map_range(function: Callable[[Tensor], Any], count: int) -> Any:
+    """See the contract.
+
+    Vectorizing folds the index into the batch axis of every operation, which turns
+    many small products into few large ones. Operations that TensorFlow cannot
+    vectorize (loops, random numbers) are run one index after the other.
+    """
+    if _vectorizing.off:
+        return loop_range(function, count)
+    try:
+        with _quiet():
+            mapped = tf.vectorized_map(
+                function, tf.range(count), fallback_to_while_loop=False
+            )
+    except (ValueError, NotImplementedError, LookupError):
+        return loop_range(function, count)
+    _vectorizing.count += 1
+    return mapped
+
+
+def loop_range(function: Callable[[Tensor], Any], count: int) -> Any:
+    """See the contract.
+
+    Its graph is made once, which counts where it is a whole backward pass.
+    """
+    if count == 1 or tf.executing_eagerly():
+        results = [function(tf.constant(i)) for i in range(count)]
+        return tree.map_structure(lambda *parts: tf.stack(parts), *results)
+    # The loop asks for the types of the results before it traces its body. As a
+    # function the body is traced first, and only once.
+    body = tf.function(functools.partial(function), autograph=False)
+    traced = body.get_concrete_function(tf.TensorSpec((), tf.int32))
+    return tf.map_fn(
+        traced,
+        tf.range(count),
+        fn_output_signature=tree.map_structure(
+            lambda t: tf.TensorSpec(t.shape, t.dtype), traced.structured_outputs
+        ),
+        parallel_iterations=1,
+    )
+
+
+def sum_range(
+    function: Callable[[Tensor], Sequence[Tensor]], count: int, at_once: int
+) -> list[Tensor]:
+    """See the contract."""
+
+    def part(start: Tensor) -> list[Tensor]:
+        mapped = map_range(lambda i: list(function(start + i)), min(at_once, count))
+        return [tf.reduce_sum(m, axis=0) for m in mapped]
+
+    total = part(0)
+    if count > at_once:
+        _, total = tf.while_loop(
+            lambda start, _: start < count,
+            lambda start, total: (start + at_once, _added(total, part(start))),
+            (tf.constant(at_once), total),
+            parallel_iterations=1,
+        )
+    return list(total)
+
+
+def sum_chunks(
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], rows: int
+) -> Tensor:
+    """See the contract."""
+    static = arrays[0].shape[0]
+    if static is not None and rows >= static:
+        return function(*arrays)
+    count = tf.shape(arrays[0])[0]
+
+    def body(start: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        stop = tf.minimum(start + rows, count)
+        return stop, total + function(*[a[start:stop] for a in arrays])
+
+    first = tf.minimum(rows, count)
+    initial = function(*[a[:first] for a in arrays])
+    _, total = tf.while_loop(
+        lambda start, _: start < count, body, (first, initial), parallel_iterations=1
+    )
+    return total
+
+
+def _added(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Keeps TensorFlow from logging pages about what it cannot vectorize."""
     logger = tf.get_logger()
     level = logger.level
@@ -109,45 +201,10 @@ def _quiet():
 
 
 @contextlib.contextmanager
-def without_vectorizing():
-    """While tracing: `map_over_range` runs one index after the other."""
-    vectorizing.off = True
+def _without_vectorizing() -> Iterator[None]:
+    """While tracing: `map_range` runs one index after the other."""
+    _vectorizing.off = True
     try:
         yield
     finally:
-        vectorizing.off = False
-
-
-def sum_over_range(function, count, chunk_size):
-    """`Σ_i function(i)` for `i = 0 … count − 1`, `chunk_size` of them at once.
-
-    Args:
-        function: takes a scalar integer tensor, returns a list of tensors whose
-            shapes do not depend on it. Must give zeros for indices ≥ `count`.
-        count: number of indices.
-        chunk_size: how many are vectorized together, which bounds the memory.
-
-    Returns:
-        A list of tensors.
-    """
-    specs = []
-
-    def flat(i):
-        parts = function(i)
-        specs[:] = [(p.shape, p.dtype) for p in parts]
-        return tf.concat([tf.reshape(p, [-1]) for p in parts], axis=0)
-
-    def of_chunk(start):
-        mapped = map_over_range(lambda i: flat(start + i), min(chunk_size, count))
-        return tf.reduce_sum(mapped, axis=0)
-
-    total = of_chunk(0)
-    if count > chunk_size:
-        _, total = tf.while_loop(
-            lambda start, _: start < count,
-            lambda start, total: (start + chunk_size, total + of_chunk(start)),
-            (tf.constant(chunk_size), total),
-            parallel_iterations=1,
-        )
-    parts = tf.split(total, [shape.num_elements() for shape, _ in specs])
-    return [tf.reshape(p, s) for p, (s, _) in zip(parts, specs, strict=True)]
+        _vectorizing.off = False

@@ -1,0 +1,148 @@
+"""What the rest of the package asks of an array framework.
+
+Three twin modules, `tensorflow`, `jax` and `torch`, define the same names with the same
+signatures; `keras_curvature.backend` is the one of them that Keras runs on. The
+functions are described once, here.
+
+Conventions:
+
+* a *tensor* is an array of the framework; `keras.ops` works on it;
+* a *point* is a dictionary of tensors, by any hashable names: what is differentiated
+  by. A *direction* is a dictionary shaped like a part of a point;
+* a *recorded function* takes a point and returns `(loss, taps)`: a scalar tensor and a
+  dictionary of tensors that were met on the way;
+* what is called *pure* depends on its arguments alone, so that it may be compiled.
+
+| name | what it does |
+|---|---|
+| `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. `jit_compile` asks TensorFlow for XLA |
+| `num_traces()` | number of signatures compiled so far, of all functions |
+| `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed; runs nothing where the framework can tell without |
+| `examine(function, point)` | `Findings` about the gradient of a recorded function |
+| `gradient(function, point)` | `(loss, taps, {name: dense gradient})`, zeros where the loss does not depend on an entry |
+| `record(function, point)` | a `Recording`: derivatives that share one evaluation |
+| `hold_cotangent(x)` | `x`, behind which the gradient counts as a constant for the next derivative |
+| `current_trace()` | what is being traced now, to compare with `is`/`==`: the body of a loop is a trace of its own, whose tensors cannot leave it |
+| `twice_differentiable()` | context in which second derivatives are right: around tracing *and* running |
+| `map_range(function, count)` | the tensors `function(i)` for `i < count`, all at once where that can be, stacked along a new first axis |
+| `loop_range(function, count)` | the same, one after the other: the memory of one |
+| `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
+| `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
+| `signs(shape, key, dtype)` | independent random signs ±1 |
+| `normal(shape, key, dtype)` | independent standard normal numbers |
+| `fold_in(key, number)` | another key for each number |
+| `array(x, dtype=None)` | `x` as a tensor, in the present place |
+| `is_tensor(x)` | whether `x` is a tensor of the framework |
+| `values(variables)` | the current values of variables, as tensors |
+| `wide_float()` | name of the widest floating type the framework computes in now |
+| `place_of(variable)` | where it lives: opaque, for `on` and `placed` |
+| `on(place)` | context in which new tensors are made there; `None` for anywhere |
+| `placed(x, place)` | `x` as a tensor in that place; spread over the devices as `fit` spreads its data where a distribution says so |
+| `num_replicas()` | by what Keras divides a loss in the present scope, or 1 |
+| `PRODUCTS_PER_PASS` | how many products are worth recording once for |
+| `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |
+
+A *key* is what random numbers are drawn with: a pair of integers (`array([a, b],
+"int32")`), or what `fold_in` made of one; it may be an argument of a compiled function.
+Every draw is a function of its key, shape and type alone: no random state is read or
+written. Numbers given to `map_range` and its relatives are scalar integer tensors or
+integers.
+"""  # noqa: E501
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+Tensor: TypeAlias = Any
+Name: TypeAlias = Hashable
+Direction: TypeAlias = Mapping[Name, Tensor]
+
+
+class Shape(NamedTuple):
+    """Shape and type of a tensor; a dimension that varies is `None`."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+class Outline(NamedTuple):
+    """What is known of a function's results before it runs.
+
+    Attributes:
+        shapes: structured like the results, a `Shape` for each tensor.
+        origins: structured like the results, for each tensor the `frozenset` of the
+            positions, in `keras.tree.flatten(args)`, of those it is computed from.
+            Integers and stopped gradients count, shapes do not. May name too many,
+            never too few.
+    """
+
+    shapes: Any
+    origins: Any
+
+
+class Caveat(NamedTuple):
+    """An operation whose derivative the framework takes for zero without a word.
+
+    Attributes:
+        kind: `"gradient"` if first derivatives stop there, `"second_derivative"` if
+            only second ones do, `"xla"` if it is wrong only when XLA compiles it.
+        operation: its type, in the framework's words.
+        name: its name, in which layers may be found.
+    """
+
+    kind: str
+    operation: str
+    name: str
+
+
+class Findings(NamedTuple):
+    """What is known of a gradient before it is used.
+
+    Attributes:
+        unconnected: names of the entries of the point that the loss does not depend
+            on.
+        caveats: what is wrong with the derivatives, and where.
+    """
+
+    unconnected: frozenset[Name]
+    caveats: tuple[Caveat, ...]
+
+
+class Recording(Protocol):
+    """Derivatives of one function at one point, which share one evaluation.
+
+    `product` and `pull_back` return linear functions. They are made outside of the
+    loops that call them, and called any number of times.
+
+    Attributes:
+        loss: scalar tensor.
+        taps: dictionary of tensors.
+        gradient: dictionary of dense tensors, like the point.
+    """
+
+    loss: Tensor
+    taps: dict[Name, Tensor]
+    gradient: dict[Name, Tensor]
+
+    def product(
+        self, moved: Iterable[Name], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """The Hessian of the loss, rows `wanted` and columns `moved`, as a function.
+
+        It takes a direction with exactly the entries `moved` and returns a dictionary
+        with the entries `wanted`, zeros where there is no dependence.
+        """
+        ...
+
+    def pull_back(
+        self, taps: Iterable[Name], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """The transposed Jacobian of taps by entries of the point, as a function.
+
+        It takes cotangents with exactly the entries `taps` and returns a dictionary
+        with the entries `wanted`, zeros where there is no dependence.
+        """
+        ...
+
+
+class NotTwiceDifferentiable(NotImplementedError):
+    """An operation has no second derivative in the framework; the message names it."""

@@ -1,0 +1,264 @@
+"""Small recorded functions, each written twice: with `keras.ops` and with NumPy.
+
+The NumPy twin is differentiated by central differences of its values, in float64, so
+that the judge shares nothing with what is judged: no operation, and no derivative.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+FUNCTIONS: dict[str, "Function"] = {}
+
+#: Step of the differences. Truncation is of the order of `h⁴` times sixth derivatives,
+#: rounding of `u / h²`: both stay below 1e-8 of the size of these functions.
+_STEP = 1.5e-3
+
+
+class Function(NamedTuple):
+    """A recorded function, its NumPy twin and a point for them.
+
+    Attributes:
+        point: dictionary of NumPy arrays, by names of several types.
+        recorded: function of a dictionary of tensors.
+        twin: the same of a dictionary of arrays.
+    """
+
+    point: dict[Any, np.ndarray]
+    recorded: Callable
+    twin: Callable
+
+
+def _function(point):
+    def register(pair):
+        FUNCTIONS[pair.__name__] = Function(point, *pair())
+        return pair
+
+    return register
+
+
+def numbers(*shape, seed=0):
+    """Standard normal numbers."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def flat(parts):
+    """A dictionary of arrays as one vector, in the order of its names."""
+    return np.concatenate([np.ravel(part) for part in parts.values()])
+
+
+def unflat(vector, like):
+    """The inverse of `flat`; also for tensors."""
+    parts, start = {}, 0
+    for name, part in like.items():
+        size = int(np.prod(part.shape))
+        parts[name] = ops.reshape(vector[start : start + size], part.shape)
+        start += size
+    return parts
+
+
+@functools.cache
+def truth(name):
+    """Value, flat gradient, dense Hessian and the taps' Jacobians, by differences."""
+    case = FUNCTIONS[name]
+    at = flat(case.point)
+    basis = _STEP * np.eye(at.size)
+
+    def values(vector):
+        parts, start = {}, 0
+        for key, part in case.point.items():
+            parts[key] = vector[start : start + part.size].reshape(part.shape)
+            start += part.size
+        loss, taps = case.twin(parts)
+        return loss, {key: np.ravel(tap) for key, tap in taps.items()}
+
+    def loss(vector):
+        return values(vector)[0]
+
+    def slope(function, e):
+        near, far = ((function(at + s * e) - function(at - s * e)) for s in (1, 2))
+        return (8 * near - far) / (12 * _STEP)
+
+    def bend(e):
+        near, far = ((loss(at + s * e) + loss(at - s * e)) for s in (1, 2))
+        return (16 * near - far - 30 * loss(at)) / (12 * _STEP**2)
+
+    hessian = np.empty((at.size, at.size))
+    for i, e in enumerate(basis):
+        hessian[i, i] = bend(e)
+        for j, f in enumerate(basis[:i]):
+            hessian[i, j] = hessian[j, i] = (bend(e + f) - bend(e - f)) / 4
+    jacobians = {
+        key: np.stack([slope(lambda v, k=key: values(v)[1][k], e) for e in basis], 1)
+        for key in values(at)[1]
+    }
+    gradient = np.array([slope(loss, e) for e in basis])
+    return loss(at), gradient, hessian, jacobians
+
+
+@_function({"x": numbers(3), ("y", 0): numbers(2, seed=1), 7: np.ones(2)})
+def quartic():
+    """All coupled; the entry 7 is not used, and only operators are."""
+    a = numbers(4, 3, seed=2)
+
+    def recorded(p):
+        z = ops.cast(a, p["x"].dtype) @ p["x"][:, None]
+        return ops.sum(z**4) * p["y", 0][0] + ops.prod(p["y", 0]) ** 2, {"z": z}
+
+    def twin(p):
+        z = a @ p["x"][:, None]
+        return np.sum(z**4) * p["y", 0][0] + np.prod(p["y", 0]) ** 2, {"z": z}
+
+    return recorded, twin
+
+
+@_function(
+    {
+        "kernel": numbers(2, 3),
+        "bias": numbers(3, seed=1),
+        ("out", 1): numbers(3, 2, seed=2),
+    }
+)
+def tanh_net():
+    x, y = numbers(4, 2, seed=3), numbers(4, 2, seed=4)
+
+    def recorded(p):
+        dtype = p["bias"].dtype
+        hidden = ops.tanh(ops.cast(x, dtype) @ p["kernel"] + p["bias"])
+        error = hidden @ p["out", 1] - ops.cast(y, dtype)
+        return ops.mean(error**2), {"hidden": hidden, ("error", 0): error}
+
+    def twin(p):
+        hidden = np.tanh(x @ p["kernel"] + p["bias"])
+        error = hidden @ p["out", 1] - y
+        return np.mean(error**2), {"hidden": hidden, ("error", 0): error}
+
+    return recorded, twin
+
+
+@_function({"table": numbers(4, 2), "mix": numbers(2, 2, seed=1)})
+def gather():
+    """Rows looked up, one of them twice and one never; the ids are a tap."""
+    ids = np.array([[0, 2], [2, 3]], "int32")
+
+    def recorded(p):
+        rows = ops.take(p["table"], ids, axis=0)
+        return ops.sum(ops.tanh(rows @ p["mix"]) ** 2), {"rows": rows}
+
+    def twin(p):
+        rows = p["table"][ids]
+        return np.sum(np.tanh(rows @ p["mix"]) ** 2), {"rows": rows}
+
+    return recorded, twin
+
+
+@_function({"kernel": numbers(2, 2, 1, 2), "bias": numbers(2, seed=1)})
+def convolution():
+    image = numbers(2, 4, 4, 1, seed=2)
+
+    def recorded(p):
+        z = ops.conv(ops.cast(image, p["bias"].dtype), p["kernel"], padding="valid")
+        return ops.mean(ops.tanh(z + p["bias"]) ** 2), {"z": z}
+
+    def twin(p):
+        z = sum(
+            image[:, i : i + 3, j : j + 3] @ p["kernel"][i, j]
+            for i in range(2)
+            for j in range(2)
+        )
+        return np.mean(np.tanh(z + p["bias"]) ** 2), {"z": z}
+
+    return recorded, twin
+
+
+@_function({"x": numbers(1, 4, 4, 1)})
+def max_pooling():
+    def recorded(p):
+        z = ops.max_pool(p["x"], 2, 2)
+        return ops.sum(z**3) * ops.sum(z), {"z": z}
+
+    def twin(p):
+        z = p["x"].reshape(1, 2, 2, 2, 2, 1).max(axis=(2, 4))
+        return np.sum(z**3) * np.sum(z), {"z": z}
+
+    return recorded, twin
+
+
+@_function({"x": numbers(2, 5), "gain": numbers(5, seed=1)})
+def moments():
+    """What layer normalization does."""
+
+    def recorded(p):
+        mean, variance = ops.moments(p["x"], axes=[1], keepdims=True)
+        z = (p["x"] - mean) / ops.sqrt(variance + 0.1) * p["gain"]
+        return ops.sum(z**3), {"z": z}
+
+    def twin(p):
+        x = p["x"]
+        mean, variance = x.mean(1, keepdims=True), x.var(1, keepdims=True)
+        z = (x - mean) / np.sqrt(variance + 0.1) * p["gain"]
+        return np.sum(z**3), {"z": z}
+
+    return recorded, twin
+
+
+@_function({"kernel": numbers(2, 2), "start": numbers(2, seed=1)})
+def loop():
+    x = numbers(3, 2, seed=2)
+
+    def recorded(p):
+        def step(h, x):
+            h = ops.tanh((h[None] @ p["kernel"])[0] + x)
+            return h, h
+
+        last, all_of_them = ops.scan(step, p["start"], ops.cast(x, p["start"].dtype))
+        return ops.sum(all_of_them**3), {"last": last}
+
+    def twin(p):
+        h, total = p["start"], 0.0
+        for row in x:
+            h = np.tanh(h @ p["kernel"] + row)
+            total += np.sum(h**3)
+        return total, {"last": h}
+
+    return recorded, twin
+
+
+@_function({"query": numbers(1, 2, 1, 2), "key": numbers(1, 3, 1, 2, seed=1)})
+def attention():
+    value = numbers(1, 3, 1, 2, seed=2)
+
+    def recorded(p):
+        dtype = p["query"].dtype
+        z = ops.dot_product_attention(p["query"], p["key"], ops.cast(value, dtype))
+        return ops.sum(z**3), {"z": z}
+
+    def twin(p):
+        scores = np.einsum("nqhd,nkhd->nhqk", p["query"], p["key"]) / np.sqrt(2)
+        weights = np.exp(scores)
+        weights /= weights.sum(-1, keepdims=True)
+        z = np.einsum("nhqk,nkhd->nqhd", weights, value)
+        return np.sum(z**3), {"z": z}
+
+    return recorded, twin
+
+
+@_function({"logits": numbers(3, 4)})
+def cross_entropy():
+    labels = np.array([0, 3, 1], "int32")
+
+    def recorded(p):
+        losses = ops.sparse_categorical_crossentropy(
+            labels, p["logits"], from_logits=True
+        )
+        return ops.mean(losses), {"losses": losses}
+
+    def twin(p):
+        z = p["logits"]
+        losses = np.log(np.exp(z).sum(1)) - z[np.arange(3), labels]
+        return np.mean(losses), {"losses": losses}
+
+    return recorded, twin
