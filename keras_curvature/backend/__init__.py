@@ -4,6 +4,8 @@ The rest of the package imports this room, never a module inside it. `contract` 
 what each name means.
 """
 
+from typing import TYPE_CHECKING
+
 import keras
 
 from keras_curvature.backend.contract import (
@@ -19,7 +21,8 @@ from keras_curvature.backend.nested import flatten
 
 _NAME = keras.backend.backend()
 
-if _NAME == "tensorflow":
+# The signatures are the same; type checkers read them here.
+if TYPE_CHECKING or _NAME == "tensorflow":
     from keras_curvature.backend import tensorflow as _backend
 elif _NAME == "jax":
     from keras_curvature.backend import jax as _backend

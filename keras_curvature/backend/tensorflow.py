@@ -17,46 +17,18 @@ from keras_curvature.backend.contract import (
     Direction,
     Name,
     NotTwiceDifferentiable,
+    Recording,
     Tensor,
 )
-from keras_curvature.backend.tensorflow_graphs import HELD, examine, outline
-from keras_curvature.backend.tensorflow_loops import (
-    compiled,
-    loop_range,
-    map_range,
-    num_traces,
-    sum_chunks,
-    sum_range,
-)
-
-__all__ = [
-    "PRODUCTS_PER_PASS",
-    "array",
-    "compiled",
-    "current_trace",
-    "examine",
-    "fold_in",
-    "function_of_variables",
-    "gradient",
-    "hold_cotangent",
-    "is_tensor",
-    "loop_range",
-    "map_range",
-    "normal",
-    "num_replicas",
-    "num_traces",
-    "on",
-    "outline",
-    "place_of",
-    "placed",
-    "record",
-    "signs",
-    "sum_chunks",
-    "sum_range",
-    "twice_differentiable",
-    "values",
-    "wide_float",
-]
+from keras_curvature.backend.tensorflow_graphs import HELD
+from keras_curvature.backend.tensorflow_graphs import examine as examine
+from keras_curvature.backend.tensorflow_graphs import outline as outline
+from keras_curvature.backend.tensorflow_loops import compiled as compiled
+from keras_curvature.backend.tensorflow_loops import loop_range as loop_range
+from keras_curvature.backend.tensorflow_loops import map_range as map_range
+from keras_curvature.backend.tensorflow_loops import num_traces as num_traces
+from keras_curvature.backend.tensorflow_loops import sum_chunks as sum_chunks
+from keras_curvature.backend.tensorflow_loops import sum_range as sum_range
 
 #: More products would make the graph larger for little gain: k of them cost about
 #: 1 + 1.35 k gradients.
@@ -77,12 +49,19 @@ def gradient(
     return loss, taps, _like(point, dict(zip(point, parts, strict=True)))
 
 
-class record:  # noqa: N801 - called like a function, as on the other backends.
-    """See the contract: a `Recording`, by tape over tape.
+def record(
+    function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]], point: Direction
+) -> Recording:
+    """See the contract.
 
-    Every call of a product costs one more backward pass (about 1.35 gradients, where
-    a lone product costs 2 to 2.4).
+    By tape over tape: every product costs one more backward pass (about 1.35
+    gradients, where a lone product costs 2 to 2.4).
     """
+    return _Recording(function, point)
+
+
+class _Recording:
+    """A `Recording`."""
 
     def __init__(
         self,
@@ -171,19 +150,23 @@ def _missing_derivatives_named() -> Iterator[None]:
         if found is None:
             raise  # A KeyError of the user's own function, for instance.
         raise NotTwiceDifferentiable(
-            f"{found[1] or found[2]} has no second derivative in TensorFlow. Use "
-            'central differences of the gradient instead: hvp="finite_difference".'
+            f"TensorFlow has no derivative of {found[1] or found[2]}, which second "
+            "derivatives of the loss need. Use central differences of the gradient "
+            'instead: hvp="finite_difference".'
         ) from error
 
 
-@tf.custom_gradient
-def hold_cotangent(x: Tensor) -> Any:
+def hold_cotangent(x: Tensor) -> Tensor:
     """See the contract.
 
     With `f` the tensor and `g = ∂L/∂f`, the gradient `Jᵀ g` by what `f` was computed
     from is right, and its derivative is `Σ_c g_c ∂²f_c`, without `Jᵀ (∂²L/∂f²) J`.
     """
-    return tf.identity(x), lambda g: tf.stop_gradient(g, name=HELD)
+
+    def held(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return tf.identity(x), lambda g: tf.stop_gradient(g, name=HELD)
+
+    return tf.custom_gradient(held)(x)
 
 
 def function_of_variables(
@@ -194,7 +177,7 @@ def function_of_variables(
 
     def of_values(values: Sequence[Tensor]) -> Tensor:
         if all(_raw(x) is variable for x, variable in zip(values, raw, strict=True)):
-            return function()
+            return tf.convert_to_tensor(function())
         # Tapes that watch the values do not see them pass through the variables, so
         # the gradient is taken where the function is, and handed to them.
         originals = [tf.identity(variable) for variable in raw]
@@ -208,12 +191,11 @@ def function_of_variables(
         finally:
             _assign(raw, originals)
 
-        @tf.custom_gradient
-        def known(*values: Tensor) -> Any:
+        def known(*values: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
             del values
             return tf.identity(loss), lambda g: [g * part for part in parts]
 
-        return known(*values)
+        return tf.custom_gradient(known)(*values)
 
     return of_values
 

@@ -157,7 +157,8 @@ def _operations_between(
         if op not in behind:
             behind.add(op)
             ops.extend(t.op for t in op.inputs)
-    reached, called, tensors = set(), [], list(starts)
+    called: list[str] = []
+    reached, tensors = set(), list(starts)
     while tensors:
         for op in tensors.pop().consumers():
             if op not in behind or op in reached:
@@ -187,7 +188,7 @@ def _is_shift(op: Any) -> bool:
         return True
     while op.type in _PASSES or op.type == "StopGradient":
         op = op.inputs[_PASSES.get(op.type, 0)].op
-    return op.type == "Max"
+    return bool(op.type == "Max")
 
 
 def _operations_inside(
