@@ -1,10 +1,9 @@
 """What the package asks of a kind of layer, and the register of the kinds."""
 
-import contextlib
-
 from keras import ops
 
-from keras_curvature.layer_rules.paths import Elementwise
+from keras_curvature import keras_internals
+from keras_curvature.layerwise.rules.paths import Elementwise
 
 _RULES: dict = {}
 
@@ -15,7 +14,7 @@ class LayerRule:
     Subclass it for a layer of your own and register the subclass with
     `register_layer_rule`. The rule runs the layer so that a zero *shift* is added to
     every output that is linear in the layer's variables, and says on which *paths*
-    (see `keras_curvature.layer_rules.paths`) directions at that output go back to the
+    (see `keras_curvature.layerwise.rules.paths`) directions at that output go back to the
     variables.
 
     ```python
@@ -37,7 +36,7 @@ class LayerRule:
         """The variables that `paths` covers: by default the layer's own."""
         inner = {
             id(v)
-            for sublayer in layer._flatten_layers(include_self=False)
+            for sublayer in keras_internals.flat_layers(layer)
             for v in sublayer.variables
         }
         return [v for v in layer.trainable_variables if id(v) not in inner]
@@ -61,7 +60,7 @@ class LayerRule:
         if getattr(layer, "activation", None) is None:
             return shift(call(inputs, *args, **kwargs), inputs)
         activation = layer.activation
-        with replaced(layer, "activation", lambda z: activation(shift(z, inputs))):
+        with keras_internals.replaced(layer, "activation", lambda z: activation(shift(z, inputs))):
             return call(inputs, *args, **kwargs)
 
     def paths(self, layer, inputs, z):
@@ -105,25 +104,6 @@ def rule_for(layer):
             inherits = type(layer).call is cls.call
             return rule if inherits and rule.supports(layer) else None
     return None
-
-
-@contextlib.contextmanager
-def replaced(layer, name, value):
-    """A context in which the layer's attribute `name` is `value`.
-
-    Writes to the instance's dictionary, past Keras' tracking of attributes, so that
-    the layer is the same object with the same contents afterwards.
-    """
-    missing = object()
-    original = layer.__dict__.get(name, missing)
-    layer.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if original is missing:
-            del layer.__dict__[name]
-        else:
-            layer.__dict__[name] = original
 
 
 def has_adapters(layer):

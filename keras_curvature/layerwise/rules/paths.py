@@ -74,7 +74,7 @@ class OuterProduct:
                 return ops.matmul(squares, ops.transpose((v * u)[:, 0], (1, 0, 2)))
             return ops.sum(self._outer(rows, v) * self._outer(rows, u), axis=0)
 
-        total = backend.sum_over_chunks(
+        total = backend.sum_chunks(
             of_chunk, [self.inputs, v, u], self._chunk_size(v)
         )
         return self._arrange(total)
@@ -161,7 +161,7 @@ class Lookup:
 
     def per_sample(self, inputs, v):
         """`J_nᵀ v_n` for every sample; as large as the table for each of them."""
-        one_hot = ops.one_hot(inputs, self.variable.shape[0], dtype=v.dtype.name)
+        one_hot = ops.one_hot(inputs, self.variable.shape[0], dtype=v.dtype)
         return ops.matmul(ops.transpose(one_hot, (0, 2, 1)), _positions(v, 1))
 
     def products(self, v, u):
@@ -169,7 +169,7 @@ class Lookup:
 
         def of_chunk(indices, v, u):
             same = ops.equal(indices[:, :, None], indices[:, None, :])
-            gathered = ops.matmul(ops.cast(same, u.dtype.name), u)
+            gathered = ops.matmul(ops.cast(same, u.dtype), u)
             features = v.shape[-1]
             return ops.segment_sum(
                 ops.reshape(v * gathered, (-1, features)),
@@ -179,7 +179,7 @@ class Lookup:
 
         positions = self.inputs.shape[1]
         chunk = CHUNK_ELEMENTS // positions**2 if positions else 1
-        return backend.sum_over_chunks(
+        return backend.sum_chunks(
             of_chunk,
             [self.inputs, _positions(v, 1), _positions(u, 1)],
             max(1, chunk),
@@ -233,4 +233,4 @@ def stacked_products(paths, vs, us):
 
     arrays = [a for use in given for a in use if a is not None]
     size = max(1, math.prod(paths[0].variable.shape))
-    return backend.sum_over_chunks(of_chunk, arrays, max(1, CHUNK_ELEMENTS // size))
+    return backend.sum_chunks(of_chunk, arrays, max(1, CHUNK_ELEMENTS // size))

@@ -1,22 +1,21 @@
 """How one kind of layer carries output directions back to its variables."""
 
-from keras_curvature.layer_rules import (
+from keras_curvature.layerwise.rules import (
     convolution,
     dense,
     einsum_dense,
     embedding,
     normalization,
 )
-from keras_curvature.layer_rules.paths import (
+from keras_curvature.layerwise.rules.paths import (
     Elementwise,
     Lookup,
     OuterProduct,
     stacked_products,
 )
-from keras_curvature.layer_rules.rule import (
+from keras_curvature.layerwise.rules.rule import (
     LayerRule,
     register_layer_rule,
-    replaced,
     rule_for,
 )
 
@@ -26,7 +25,6 @@ __all__ = [
     "Lookup",
     "OuterProduct",
     "register_layer_rule",
-    "replaced",
     "rule_for",
     "stacked_products",
     "convolution",

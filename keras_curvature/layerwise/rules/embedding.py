@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_curvature.layer_rules.paths import Lookup
-from keras_curvature.layer_rules.rule import (
+from keras_curvature.layerwise.rules.paths import Lookup
+from keras_curvature.layerwise.rules.rule import (
     LayerRule,
     has_adapters,
     register_layer_rule,

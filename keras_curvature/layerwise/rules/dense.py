@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_curvature.layer_rules.paths import OuterProduct
-from keras_curvature.layer_rules.rule import (
+from keras_curvature.layerwise.rules.paths import OuterProduct
+from keras_curvature.layerwise.rules.rule import (
     LayerRule,
     bias_path,
     has_adapters,

@@ -6,8 +6,8 @@ The normalized input `x̂` is what the layer itself returns for γ = 1 and β = 
 import keras
 from keras import ops
 
-from keras_curvature.layer_rules.paths import Elementwise
-from keras_curvature.layer_rules.rule import LayerRule, register_layer_rule, sum_to_axes
+from keras_curvature.layerwise.rules.paths import Elementwise
+from keras_curvature.layerwise.rules.rule import LayerRule, register_layer_rule, sum_to_axes
 
 
 @register_layer_rule(keras.layers.BatchNormalization)

@@ -6,8 +6,8 @@ import string
 import keras
 from keras import ops
 
-from keras_curvature.layer_rules.paths import Elementwise, OuterProduct
-from keras_curvature.layer_rules.rule import (
+from keras_curvature.layerwise.rules.paths import Elementwise, OuterProduct
+from keras_curvature.layerwise.rules.rule import (
     LayerRule,
     has_adapters,
     register_layer_rule,

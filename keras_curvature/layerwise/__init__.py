@@ -1,0 +1,17 @@
+"""Curvature at the layers' outputs, carried back to the variables."""
+
+from keras_curvature.layerwise.checks import find_structure
+from keras_curvature.layerwise.exact import ExactDiagonal, Plan
+from keras_curvature.layerwise.gauss_newton_diagonal import GaussNewtonDiagonal
+from keras_curvature.layerwise.sampled import LayerwiseDiagonal, Samples
+from keras_curvature.layerwise.structure import Structure
+
+__all__ = [
+    "ExactDiagonal",
+    "GaussNewtonDiagonal",
+    "LayerwiseDiagonal",
+    "Plan",
+    "Samples",
+    "Structure",
+    "find_structure",
+]

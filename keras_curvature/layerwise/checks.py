@@ -1,0 +1,185 @@
+"""What only numbers tell of a model's layers: two questions, asked once."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+from keras import ops, tree
+
+from keras_curvature import backend
+from keras_curvature.backend import Tensor
+from keras_curvature.evaluation import Evaluation
+from keras_curvature.layerwise.opened import Met, Place, run_opened
+from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.structure import Structure, survey
+from keras_curvature.loss import Batch, State
+
+#: Relative size of the leak between samples beyond which they count as interacting.
+LEAK = 1e-4
+
+#: Relative error of a layer's Jacobian beyond which its rule is not believed.
+TOLERANCE = 1e-3
+
+#: Samples that each Jacobian is compared for.
+_SAMPLES = 2
+
+
+def find_structure(evaluation: Evaluation) -> Structure:
+    """Finds out how the variables of a model act on its loss.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Returns:
+        A `Structure` whose rules hold.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    structure = survey(evaluation)
+    if not structure.uses:
+        return structure
+
+    def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
+        if tree.flatten(batch)[0].shape[0] == 1:
+            # A sample beside itself, to tell whether it would feel another one.
+            batch = tree.map_structure(_twice, batch)
+        errors = jacobian_errors(structure, state, batch, key)
+        return leak(structure, state, batch, key), errors
+
+    leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
+    errors = ops.convert_to_numpy(errors)
+    wrong = {n for n, e in zip(structure.layers, errors, strict=True) if e > TOLERANCE}
+    if wrong:
+        names = [structure.layers[number][0].path for number in sorted(wrong)]
+        warnings.warn(
+            "The output of these layers does not depend on their variables as "
+            "their layer rules say; they are taken as ordinary parameters: "
+            f"{', '.join(names)}. For layers of Keras, "
+            "this is an error in Keras: look whether a bias along another axis "
+            "than the last one has as many entries as the last axis.",
+            stacklevel=3,
+        )
+        structure = structure.without(wrong)
+    # Independent samples leak an exact zero, but for sums over the batch that cancel;
+    # real interaction is orders above.
+    interact = bool(ops.convert_to_numpy(leaked) > LEAK)
+    return dataclasses.replace(structure, samples_interact=interact)
+
+
+def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tensor:
+    """How much of a shift in some samples is felt in the others, relatively.
+
+    Products along directions that vanish for half of the samples: if the samples are
+    independent, so do the products there.
+    """
+    recording = LayerRecording(structure, state, batch)
+    places = recording.shifts
+    signs = recording.random(backend.signs, places, key)
+    rows = ops.shape(signs[places[0]])[0]
+    multiply = recording.product(places, places)
+    leaks = []
+    for number in range(2):
+        half = half_of(rows, key, number)
+        masks = {
+            name: ops.cast(
+                ops.reshape(half, (-1,) + (1,) * (len(s.shape) - 1)), s.dtype
+            )
+            for name, s in signs.items()
+        }
+        # Half of it common to all samples: what couples them through a mean grows
+        # weaker with their number along independent directions only.
+        u = multiply({k: masks[k] * (s + s[:1]) for k, s in signs.items()})
+        wide = backend.wide_float()
+        sums = [
+            [
+                ops.cast(ops.sum(part), wide)
+                for part in (ops.square(u[k]), ops.square(u[k]) * (1 - masks[k]))
+            ]
+            for k in places
+        ]
+        total = sum(whole for whole, _ in sums)
+        for whole, leaked in sums:
+            # Each layer by itself, but for those of no account.
+            scale = ops.maximum(whole, 1e-12 * total)
+            leaks.append(leaked / ops.maximum(scale, float(np.finfo(wide).tiny)))
+    return ops.sqrt(ops.max(ops.stack(leaks)))
+
+
+def half_of(count: Any, key: Tensor, number: int) -> Tensor:
+    """Ones for half of so many entries and zeros for the others, as integers.
+
+    Masks number 0 and 1 together tell any two of four samples apart, and almost all
+    pairs of more: the order of the samples, which may have a meaning (pairs in
+    neighbouring places, or in the two halves of the batch), is shuffled.
+    """
+    order = backend.normal((count,), backend.fold_in(key, 1), "float32")
+    position = ops.argsort(ops.argsort(order))
+    return position // 2**number % 2
+
+
+def jacobian_errors(
+    structure: Structure, state: State, batch: Batch, key: Tensor
+) -> Tensor:
+    """How far the rules of layers are from what the layers do.
+
+    A rule that leaves out a factor, or a layer that does not do what its configuration
+    says, would make curvature wrong without a sign of it. So each rule's
+    `Σ_n J_nᵀ v_n`, for random `v`, is compared with the derivative of the layer. Every
+    layer is cut off from the others, so that a single gradient compares all.
+
+    Returns:
+        The largest relative error for each layer of `structure.layers`, a vector.
+    """
+    uses = {use.place: use for use in structure.uses}
+    numbers = structure.numbers
+
+    def pairing(point: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        held = [point.get(i, value) for i, value in enumerate(state.values)]
+        pairings: list[Tensor] = []
+        carried: dict[int, Tensor] = {}
+
+        def at_place(place: Place, met: Met) -> Tensor:
+            use, z = uses.get(place), met.output[:_SAMPLES]
+            if use is not None:
+                place_key = backend.fold_in(key, 1 + numbers[place])
+                v = backend.signs(ops.shape(z), place_key, z.dtype)
+                pairings.append(ops.cast(ops.sum(v * z), backend.wide_float()))
+                for path in use.paths(use.taps(met)):
+                    i = next(
+                        (
+                            i
+                            for i in use.variables
+                            if structure.loss.variables[i] is path.variable
+                        ),
+                        None,
+                    )
+                    if i is not None:
+                        inputs = path.inputs
+                        inputs = None if inputs is None else inputs[:_SAMPLES]
+                        part = ops.sum(path.per_sample(inputs, v), axis=0)
+                        carried[i] = carried[i] + part if i in carried else part
+            return ops.stop_gradient(met.output)
+
+        run_opened(structure.loss, structure.layers, state, held, batch, at_place)
+        return sum(pairings), carried
+
+    point = {i: state.values[i] for i in structure.uses_of}
+    _, carried, actual = backend.gradient(pairing, point)
+    errors = {number: ops.zeros((), "float32") for number in structure.layers}
+    for i, uses_of_it in structure.uses_of.items():
+        scale = ops.maximum(_largest(actual[i]), _largest(carried[i]))
+        distance = _largest(actual[i] - carried[i])
+        error = ops.where(scale > 0, distance / ops.where(scale > 0, scale, 1), 0)
+        for number in {use.place.layer for use in uses_of_it}:
+            errors[number] = ops.maximum(errors[number], ops.cast(error, "float32"))
+    return ops.stack(list(errors.values()))
+
+
+def _largest(x: Tensor) -> Tensor:
+    return ops.max(ops.abs(x))
+
+
+def _twice(x: Tensor | None) -> Tensor | None:
+    return None if x is None else ops.concatenate([x, x])

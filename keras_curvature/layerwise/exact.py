@@ -1,0 +1,324 @@
+"""The exact diagonal of the Hessian, each variable by the cheapest way.
+
+Three ways lead to the diagonal of one variable's block:
+
+* *output basis*: `v = e_j` at a layer's output, for all samples at once, gives column
+  j of every `M_n`; a layer needs one product per output and position instead of one
+  per weight;
+* *parameter basis*: one product per weight, cheaper for a kernel that is used at more
+  positions than it has entries, and the only way for variables that no rule covers;
+* *Gauss–Newton*: where it is certified that the block has no other part (see
+  `gauss_newton.departure`), one backward pass per scalar output of the model serves
+  all such layers.
+
+Basis vectors are folded into the batch axis, a bounded number at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_curvature import backend
+from keras_curvature.backend import Tensor
+from keras_curvature.evaluation import Evaluation
+from keras_curvature.layerwise import gauss_newton
+from keras_curvature.layerwise.checks import find_structure
+from keras_curvature.layerwise.groups import connected
+from keras_curvature.layerwise.opened import Place
+from keras_curvature.layerwise.outputs import UNKNOWN_SIZE
+from keras_curvature.layerwise.penalties import off_diagonal, penalty
+from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.rules import paths, stacked_products
+from keras_curvature.loss import Batch, State
+
+#: Beyond so many scalar outputs of a model its Gauss–Newton part is no help to samples.
+FEW_OUTPUTS = 64
+
+#: Bound for the elements of all shifts times the basis vectors folded together.
+FOLDED_ELEMENTS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which way each variable takes, and what it costs.
+
+    Attributes:
+        ways: dictionary from the name of a variable to `"outputs"`, `"parameters"` or
+            `"gauss_newton"`.
+        num_matvecs: number of matrix-vector products (or backward passes).
+        num_outputs: number of the model's scalar outputs per sample, which is what
+            the exact Gauss–Newton part of all layers with a rule costs in backward
+            passes; infinite where that part cannot be told from the rest.
+        noise_without: the variance of samples that leave the Gauss–Newton part out,
+            over that of others.
+    """
+
+    ways: dict[str, str]
+    num_matvecs: int
+    num_outputs: float = math.inf
+    noise_without: float = math.inf
+
+
+class ExactDiagonal:
+    """Plans and computes the exact diagonal.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
+        self._layout = evaluation.loss.layout
+        self._structure = evaluation.once(find_structure)
+        self._certify = evaluation.mean_of(self._certificates)
+        self._lasting_plan: Plan | None = None
+        self._computed: dict[tuple[str, ...], Callable[[], Tensor]] = {}
+
+    def plan(self, seed: int = 0) -> Plan:
+        """Chooses the cheapest way for each variable; costs about ten gradients.
+
+        A model is planned once if it has neither penalties, nor a layer whose block
+        is all Gauss–Newton, nor so few outputs that the plan's `noise_without`, which
+        depends on the weights, is of interest: what is curved stays so.
+
+        Args:
+            seed: seed of the certificates.
+        """
+        if self._lasting_plan is not None:
+            return self._lasting_plan
+        structure, layout = self._structure, self._layout
+        if structure.samples_interact or not structure.uses:
+            return Plan(dict.fromkeys(layout.names, "parameters"), layout.size)
+        certificates = self._certify(backend.array([seed, 0], "int32"))
+        coupling, departures, noise, penalties = (
+            ops.convert_to_numpy(x) for x in certificates
+        )
+        # Rounding is orders below, a curved activation orders above.
+        threshold = np.finfo(layout.dtype).eps ** (2 / 3)
+        piecewise: set[Place] = set()
+        num_outputs = math.inf
+        if coupling < threshold:
+            places = [use.place for use in structure.uses]
+            piecewise = {
+                p for p, size in zip(places, departures, strict=True) if size < threshold
+            }
+            num_outputs = structure.num_outputs
+        penalized = self._penalized()
+        diagonal = {
+            i for i, size in zip(penalized, penalties, strict=True) if size < threshold
+        }
+        sound = {i for i in structure.uses_of if i in diagonal or i not in penalized}
+        plan = self._cheapest(sound, piecewise, num_outputs, float(noise))
+        if not (piecewise or penalized) and plan.num_outputs > FEW_OUTPUTS:
+            self._lasting_plan = plan
+        return plan
+
+    def compute(self, plan: Plan) -> Tensor:
+        """The exact diagonal as a flat tensor `(P,)`, on the device.
+
+        Args:
+            plan: a `Plan` for the same model.
+        """
+        ways = tuple(plan.ways[name] for name in self._layout.names)
+        if ways not in self._computed:
+            self._computed[ways] = self._evaluation.mean_of(
+                lambda state, batch: self._diagonal(state, batch, ways)
+            )
+        return self._computed[ways]()
+
+    def _penalized(self) -> list[int]:
+        """Variables that act through the places, and also on the loss directly."""
+        return [i for i in self._structure.uses_of if i in self._structure.direct]
+
+    def _cheapest(
+        self, sound: set[int], piecewise: set[Place], num_outputs: float, noise: float
+    ) -> Plan:
+        structure, sizes = self._structure, self._layout.sizes
+        ways = dict.fromkeys(self._layout.names, "parameters")
+        # Layers that share a variable go the same way.
+        certified, certified_cost, cost = [], 0.0, 0.0
+        free = set(range(len(sizes))) - set(structure.uses_of)
+
+        def take(variables: set[int], way: str) -> None:
+            ways.update({self._layout.names[i]: way for i in variables})
+
+        # Numbers of variables, and of layers counted below zero.
+        joined = connected(
+            {i, *(-1 - use.place.layer for use in uses)}
+            for i, uses in structure.uses_of.items()
+        )
+        for variables in [{i for i in one if i >= 0} for one in joined]:
+            places = {
+                use.place: use for i in variables for use in structure.uses_of[i]
+            }
+            cheapest: float = sum(sizes[i] for i in variables)
+            by_outputs = sum(use.size for use in places.values())
+            if variables <= sound and by_outputs < cheapest:
+                cheapest = by_outputs
+                take(variables, "outputs")
+            if variables <= sound and set(places) <= piecewise:
+                certified.append(variables)
+                certified_cost += cheapest
+            cost += cheapest
+        if certified_cost > num_outputs:
+            cost += num_outputs - certified_cost
+            for variables in certified:
+                take(variables, "gauss_newton")
+        total = int(cost + sum(sizes[i] for i in free))
+        return Plan(ways, total, num_outputs, noise)
+
+    # While tracing
+
+    def _certificates(
+        self, state: State, batch: Batch, key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What speaks against the cheaper ways, each as a relative size.
+
+        Returns:
+            The coupling of the outputs with the rest, the departures from
+            Gauss–Newton by use, the noise without that part, and the departures of
+            penalties from a diagonal.
+        """
+        structure = self._structure
+        with_outputs = structure.num_outputs < math.inf
+        recording = LayerRecording(structure, state, batch, with_outputs)
+        one = ops.ones_like(recording.loss)
+        coupling, departures, noise = one, [one] * len(structure.uses), one
+        if with_outputs:
+            coupling = gauss_newton.coupling(recording, key)
+            departures, noise = gauss_newton.departure(recording, key)
+        penalties = [off_diagonal(recording, i, key) for i in self._penalized()]
+        return (
+            coupling,
+            ops.stack(departures),
+            noise,
+            ops.stack(penalties) if penalties else ops.zeros((0,)),
+        )
+
+    def _diagonal(self, state: State, batch: Batch, ways: tuple[str, ...]) -> Tensor:
+        taking = {
+            way: [i for i, taken in enumerate(ways) if taken == way]
+            for way in ("parameters", "outputs", "gauss_newton")
+        }
+        closed = {
+            use.place.layer
+            for i in taking["parameters"]
+            for use in self._structure.uses_of.get(i, [])
+        }
+        structure = self._structure.without(closed)
+        recording = LayerRecording(
+            structure, state, batch, bool(taking["gauss_newton"])
+        )
+        parts = [
+            by_parameters(recording, i) if way == "parameters" else penalty(recording, i)
+            for i, way in enumerate(ways)
+        ]
+        found = by_outputs(recording, taking["outputs"])
+        found |= gauss_newton.diagonal(recording, taking["gauss_newton"])
+        for i, part in found.items():
+            parts[i] = parts[i] + part
+        return self._layout.joined(parts)
+
+
+def by_parameters(recording: LayerRecording, i: int) -> Tensor:
+    """`Σ_j e_j ⊙ H e_j` over the entries of variable i, while tracing."""
+    value = recording.value(i)
+    if i not in recording.point:
+        return ops.zeros_like(value)
+    size = math.prod(value.shape)
+    multiply = recording.product([i], [i])
+
+    def entry(j: Any) -> list[Tensor]:
+        e = ops.reshape(ops.one_hot(j, size, dtype=value.dtype), value.shape)
+        return [e * multiply({i: e})[i]]
+
+    total: Tensor = backend.sum_range(entry, size, _fold(recording, size))[0]
+    return total
+
+
+def by_outputs(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
+    """Diagonals by the output basis, while tracing: `{variable: tensor}`."""
+    paths_of = {i: recording.paths(i) for i in variables}
+    diagonals: dict[int, Tensor] = {}
+    for place in sorted({p for uses in paths_of.values() for _, p in uses}):
+        users = {
+            i: uses
+            for i, uses in paths_of.items()
+            if place in [other for _, other in uses]
+        }
+        for i, part in _over_basis(recording, place, users).items():
+            diagonals[i] = diagonals[i] + part if i in diagonals else part
+    return diagonals
+
+
+def _over_basis(
+    recording: LayerRecording, place: Place, users: dict[int, list[tuple[Any, Place]]]
+) -> dict[int, Tensor]:
+    """`Σ_j Σ_n (J_nᵀ e_j) ⊙ (J_nᵀ M_n e_j)` over the basis of one shift.
+
+    Args:
+        recording: a `LayerRecording`.
+        place: the place of the shift.
+        users: `{number of a variable that acts through it: its paths}`.
+    """
+    shift = recording.point[place]
+    size = math.prod(shift.shape[1:])
+    wanted = sorted({p for uses in users.values() for _, p in uses})
+    multiply = recording.product([place], wanted)
+    pointwise = {
+        i: uses[0][0]
+        for i, uses in users.items()
+        # Its sum over basis vectors keeps the samples, whose number must be known.
+        if shift.shape[0] and len(uses) == 1 and uses[0][0].pointwise(shift.shape)
+    }
+    others = [i for i in users if i not in pointwise]
+
+    def entry(j: Any) -> list[Tensor]:
+        e = ops.reshape(
+            ops.one_hot(j, size, dtype=shift.dtype), (1, *shift.shape[1:])
+        )
+        everywhere = ops.broadcast_to(e, ops.shape(shift))
+        u = multiply({place: everywhere})
+        parts = [e * u[place]] if pointwise else []
+        for i in others:
+            uses = users[i]
+            if len(uses) == 1:
+                parts.append(uses[0][0].basis_product(e, u[place]))
+                continue
+            parts.append(
+                stacked_products(
+                    [path for path, _ in uses],
+                    [everywhere if p == place else None for _, p in uses],
+                    [u[p] for _, p in uses],
+                )
+            )
+        return parts
+
+    largest = max([_elements(users[i], shift.shape[0]) for i in others], default=1)
+    sums = backend.sum_range(entry, size, _fold(recording, largest))
+    diagonals = dict(zip(others, sums[len(sums) - len(others) :], strict=True))
+    for i, path in pointwise.items():
+        diagonals[i] = path.products(sums[0], ops.ones_like(sums[0]))
+    return diagonals
+
+
+def _elements(uses: list[tuple[Any, Place]], samples: int | None) -> int:
+    """Size of what a variable with these uses builds for one basis vector."""
+    path = uses[0][0]
+    size = math.prod(path.variable.shape)
+    whole = len(uses) > 1 or getattr(path, "copies", False)
+    if not whole:
+        return size
+    return min(size * (samples or UNKNOWN_SIZE), paths.CHUNK_ELEMENTS)
+
+
+def _fold(recording: LayerRecording, elements: int) -> int:
+    """How many basis vectors are folded together within the memory bound."""
+    for place in recording.shifts:
+        shape = recording.point[place].shape
+        elements += math.prod(n or UNKNOWN_SIZE for n in shape)
+    return max(1, min(256, FOLDED_ELEMENTS // elements))

@@ -1,0 +1,183 @@
+"""The diagonal of the Gauss–Newton matrix, exactly or by samples."""
+
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_curvature import backend
+from keras_curvature.backend import Tensor
+from keras_curvature.evaluation import Evaluation
+from keras_curvature.layerwise import gauss_newton
+from keras_curvature.layerwise.checks import LEAK, find_structure, half_of
+from keras_curvature.layerwise.outputs import OutputSpace, output_sizes
+from keras_curvature.layerwise.penalties import exact_penalty
+from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.sampled import Draw, Samples
+from keras_curvature.layerwise.structure import Name, num_samples
+from keras_curvature.loss import Batch, State
+
+
+class GaussNewtonDiagonal:
+    """The diagonal of G, exactly or by samples that are never negative.
+
+    Penalties on the variables are included with their full curvature.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Raises:
+        ValueError: for a model whose samples interact, or whose outputs have no fixed
+            size.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
+        self._structure = evaluation.once(find_structure)
+        if self._structure.samples_interact:
+            raise ValueError(
+                "The Gauss–Newton diagonal is computed sample by sample, and the "
+                "samples of this model interact (BatchNormalization in training mode, "
+                "or a layer that mixes the batch). Use training=False, or "
+                'method="hutchinson".'
+            )
+        self._count = sum(output_sizes(self._structure))
+        self._uncovered = [
+            i
+            for i in range(len(evaluation.loss.variables))
+            if i not in self._structure.uses_of
+        ]
+        self._exact = evaluation.mean_of(self._by_outputs)
+        self._samples: Samples | None = None
+
+    def compute(self, max_matvecs: float = math.inf) -> tuple[Tensor, int]:
+        """The exact diagonal, and the backward passes that it took.
+
+        One backward pass per scalar output of the model serves all layers with a
+        rule; each other variable takes two per output and sample.
+
+        Args:
+            max_matvecs: how many it may be.
+
+        Returns:
+            A flat tensor `(P,)` on the device, and their number.
+
+        Raises:
+            ValueError: if it takes more.
+        """
+        samples = num_samples(self._evaluation.data.first())
+        passes = self._count * (1 + 2 * samples * len(self._uncovered))
+        if passes > max_matvecs:
+            raise ValueError(
+                f"The exact Gauss–Newton diagonal takes {passes:,} backward passes "
+                f"({self._count:,} outputs for each sample), more than "
+                f"max_matvecs={max_matvecs:,}. Pass `num_matvecs` for an estimate "
+                "from so many samples, or raise `max_matvecs`."
+            )
+        return self._exact(), passes
+
+    @property
+    def samples(self) -> Samples:
+        """Samples of the diagonal: with `S_n = F_n F_nᵀ`, `E (Jᵀ F r)² = diag(JᵀSJ)`.
+
+        Negative eigenvalues of `S_n`, which convex losses do not have, are left out.
+        """
+        if self._samples is None:
+            by_position = not self._positions_interact()
+            self._samples = Samples(
+                self._evaluation,
+                lambda state, batch: self._prepared(state, batch, by_position),
+            )
+        return self._samples
+
+    def _positions_interact(self) -> bool:
+        """Whether positions of the output meet in the loss, or there are none.
+
+        The words of a sequence do not, in the usual losses; then the Hessian of the
+        loss by the outputs has a small block for each of them.
+        """
+        shapes = self._structure.output_shapes
+        if len(shapes) != 1 or len(shapes[0].shape) < 3:
+            return True
+        key = backend.array([0, 0], "int32")
+        leak = self._evaluation.at_first(self._leak, key)
+        return bool(ops.convert_to_numpy(leak) > LEAK)
+
+    # While tracing
+
+    def _leak(self, state: State, batch: Batch, key: Tensor) -> Tensor:
+        """The largest relative product at positions that a direction leaves out."""
+        recording = LayerRecording(self._structure, state, batch, True)
+        space = OutputSpace(recording)
+        (name,), multiply = space.names, space.product()
+        shift = recording.point[name]
+        positions = shift.shape[1:-1]
+        leaks = []
+        for number in range(2):
+            half = half_of(math.prod(positions), key, number)
+            mask = ops.cast(ops.reshape(half, (1, *positions, 1)), shift.dtype)
+            move = backend.normal(ops.shape(shift), backend.fold_in(key, 5), shift.dtype)
+            product = multiply({name: mask * move})[name]
+            leaked = ops.max(ops.abs(product * (1 - mask)))
+            whole = ops.max(ops.abs(product))
+            leaks.append(leaked / ops.where(whole > 0, whole, 1))
+        return ops.maximum(*leaks)
+
+    def _by_outputs(self, state: State, batch: Batch) -> Tensor:
+        recording = LayerRecording(self._structure, state, batch, True)
+        key = backend.array([0, 0], "int32")
+        parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
+        parts |= {i: _by_samples(recording, i) for i in self._uncovered}
+        layout = self._evaluation.loss.layout
+        return layout.joined(
+            [parts[i] + exact_penalty(recording, i, key) for i in sorted(parts)]
+        )
+
+    def _prepared(self, state: State, batch: Batch, by_position: bool) -> Draw:
+        recording = LayerRecording(self._structure, state, batch, True)
+        space = OutputSpace(recording)
+        s = space.hessian_by_position() if by_position else space.hessian()
+        eigenvalues, vectors = ops.linalg.eigh(s)
+        root = vectors * ops.sqrt(ops.maximum(eigenvalues, 0))[:, None, :]
+        uncovered = [i for i in self._uncovered if i in recording.point]
+        wanted: list[Name] = [*uncovered, *recording.shifts]
+        back = space.back(wanted)
+        zero = backend.array([0, 0], "int32")
+        penalties = [
+            exact_penalty(recording, i, zero) for i in range(len(state.values))
+        ]
+
+        def draw(key: Tensor) -> list[Tensor]:
+            signs = backend.signs(ops.shape(s)[:2], key, s.dtype)
+            weights = ops.einsum("ncr,nr->nc", root, signs)
+            g = back(space.parted(ops.reshape(weights, (-1, space.count))))
+            parts = recording.diagonal(g, g)
+            return [part + p for part, p in zip(parts, penalties, strict=True)]
+
+        return draw
+
+
+def _by_samples(recording: LayerRecording, i: int) -> Tensor:
+    """`Σ_n Σ_cd S_ncd ∂f_nc/∂θ ⊙ ∂f_nd/∂θ` for a variable that no rule covers."""
+    value = recording.value(i)
+    if i not in recording.point:
+        return ops.zeros_like(value)
+    space = OutputSpace(recording)
+    if space.known_samples is None:
+        raise ValueError(
+            "The Gauss–Newton diagonal of a variable without a layer rule needs "
+            "batches of a fixed size."
+        )
+    s, back = space.hessian(), space.back([i])
+
+    def entry(j: Any) -> list[Tensor]:
+        n, c = j // space.count, j % space.count
+        here = ops.cast(ops.arange(space.known_samples) == n, s.dtype)[:, None]
+        rows = (ops.one_hot(c, space.count, dtype=s.dtype)[None], s[:, c])
+        first, second = (back(space.parted(here * row))[i] for row in rows)
+        return [ops.reshape(first * second, value.shape)]
+
+    fold = max(1, 2**20 // max(1, math.prod(value.shape)))
+    count = space.known_samples * space.count
+    total: Tensor = backend.sum_range(entry, count, min(256, fold))[0]
+    return total

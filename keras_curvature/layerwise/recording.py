@@ -1,0 +1,224 @@
+"""Derivatives of the loss by shifts at its layers' outputs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from keras import ops
+
+from keras_curvature import backend
+from keras_curvature.backend import Tensor
+from keras_curvature.layerwise.opened import Given, Met, Output, Place, run_opened
+from keras_curvature.layerwise.rules import stacked_products
+from keras_curvature.layerwise.structure import (
+    Name,
+    Structure,
+    num_samples,
+    signature,
+)
+from keras_curvature.loss import Batch, State
+
+
+class OpenedLoss:
+    """The training loss as a pure function of its state and of shifts.
+
+    Args:
+        structure: what is known of the model's layers.
+        outputs: whether the model's outputs are shifted as well.
+        residual: whether the gradient counts as a constant behind the outputs. The
+            second derivative is then `M − G`, the model's own curvature, in the place
+            of M. G is the Gauss–Newton part, `Jᵀ S J` with the Jacobian J of the
+            model's outputs and the Hessian S of the loss by them.
+    """
+
+    def __init__(
+        self, structure: Structure, outputs: bool = False, residual: bool = False
+    ):
+        self.structure = structure
+        self._uses = {use.place: use for use in structure.uses}
+        self._outputs = structure.outputs if outputs or residual else ()
+        self._residual = residual
+
+    def __call__(
+        self, state: State, held: list[Tensor], shifts: Mapping[Any, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        """The loss, and what `Use.paths` and derivatives by the outputs need.
+
+        Args:
+            state: values of all variables.
+            held: values that the opened layers compute with.
+            shifts: shifts by place; none at places that are left out.
+            batch: `(x, y, sample_weight)`.
+        """
+        taps: dict[Any, Tensor] = {}
+
+        def shifted(name: Place | Output, z: Tensor) -> Tensor:
+            z = z + shifts[name] if name in shifts else z
+            if name in self._outputs:
+                z = backend.hold_cotangent(z) if self._residual else z
+                taps[name] = z
+            return z
+
+        def at_place(place: Place, met: Met) -> Tensor:
+            use = self._uses.get(place)
+            if use is None:
+                return met.output
+            taps.update(use.taps(met))
+            return shifted(place, met.output)
+
+        def at_output(number: int, given: Given) -> Tensor:
+            name = Output(number)
+            if name not in self._outputs:
+                return given.value
+            return given.activation(shifted(name, given.before))
+
+        structure = self.structure
+        loss = run_opened(
+            structure.loss,
+            structure.layers,
+            state,
+            held,
+            batch,
+            at_place,
+            at_output if self._outputs else None,
+        )
+        return loss, taps
+
+    def zeros(self, state: State, batch: Batch) -> dict[Any, Tensor]:
+        """A zero shift for every place and output, for a batch of any shape."""
+        structure = self.structure
+        own = [name for name in self._outputs if isinstance(name, Output)]
+        shapes = {name: structure.shapes[name] for name in [*self._uses, *own]}
+        known = all(None not in s.shape[1:] for s in shapes.values())
+        if known and signature(batch) == structure.signature:
+            rows = num_samples(batch)
+            return {
+                name: ops.zeros((rows, *s.shape[1:]), s.dtype)
+                for name, s in shapes.items()
+            }
+        # Samples of another shape than the structure was found with: seen by running
+        # the loss. Nothing is read but shapes.
+        met: dict[Any, Tensor] = {}
+
+        def at_place(place: Place, m: Met) -> Tensor:
+            met[place] = m.output
+            return m.output
+
+        def at_output(number: int, given: Given) -> Tensor:
+            met[Output(number)] = given.before
+            return given.value
+
+        loss, layers = structure.loss, structure.layers
+        run_opened(loss, layers, state, state.values, batch, at_place, at_output)
+        return {name: ops.zeros_like(met[name]) for name in shapes}
+
+
+class LayerRecording:
+    """Loss and gradient over the joint space of shifts and of direct variables.
+
+    A variable acts through the shifts where `paths` says so; its own entry then only
+    stands for what else depends on it: penalties. Used while a function is traced.
+
+    Args:
+        structure: what is known of the model's layers.
+        state: values of all variables.
+        batch: `(x, y, sample_weight)`.
+        outputs: whether the model's outputs are shifted as well.
+        residual: see `OpenedLoss`.
+
+    Attributes:
+        structure: as given.
+        point: what is differentiated by: direct variables by number, zero shifts by
+            place.
+        loss, taps, gradient, product, pull_back: those of the backend's `Recording`.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        state: State,
+        batch: Batch,
+        outputs: bool = False,
+        residual: bool = False,
+    ):
+        self.structure = structure
+        self._made_of = state, batch
+        opened = OpenedLoss(structure, outputs, residual)
+        self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
+        self.point |= opened.zeros(state, batch)
+
+        def loss(point: dict[Name, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+            values = [point.get(i, value) for i, value in enumerate(state.values)]
+            at = State(values, state.others)
+            return opened(at, state.values, point, batch)
+
+        recording = backend.record(loss, self.point)
+        self.loss, self.taps = recording.loss, recording.taps
+        self.gradient = recording.gradient
+        self.product, self.pull_back = recording.product, recording.pull_back
+        self._paths = {use.place: use.paths(self.taps) for use in structure.uses}
+
+    @property
+    def shifts(self) -> list[Name]:
+        """The places with a shift that is not the model's output alone."""
+        return [use.place for use in self.structure.uses]
+
+    def value(self, i: int) -> Tensor:
+        """The value of a variable, by number."""
+        return self._made_of[0].values[i]
+
+    def residual(self) -> "LayerRecording":
+        """The same with `M − G` in the place of M; see `OpenedLoss`."""
+        return LayerRecording(self.structure, *self._made_of, residual=True)
+
+    def paths(self, i: int) -> list[tuple[Any, Place]]:
+        """The paths of a variable, by number, each with its place."""
+        variable = self.structure.loss.variables[i]
+        return [
+            (path, use.place)
+            for use in self.structure.uses_of.get(i, [])
+            for path in self._paths[use.place]
+            if path.variable is variable
+        ]
+
+    def random(
+        self, draw: Callable[..., Tensor], names: Iterable[Name], key: Tensor
+    ) -> dict[Name, Tensor]:
+        """A random direction, `draw` being the backend's `signs` or `normal`.
+
+        What is drawn for a name does not depend on which others are drawn.
+        """
+        numbers = self.structure.numbers
+        return {
+            name: draw(
+                ops.shape(self.point[name]),
+                backend.fold_in(key, numbers[name]),
+                self.point[name].dtype,
+            )
+            for name in names
+        }
+
+    def diagonal(
+        self, v: Mapping[Name, Tensor], u: Mapping[Name, Tensor]
+    ) -> list[Tensor]:
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n) + v ⊙ u` for every variable.
+
+        Args:
+            v: a direction of the joint space; zero for what it lacks.
+            u: its product; may lack what `v` lacks.
+
+        Returns:
+            A list of tensors shaped like the variables.
+        """
+        values = self._made_of[0].values
+        diagonal = []
+        for i, value in enumerate(values):
+            part = v[i] * u[i] if i in v else ops.zeros_like(value)
+            mine = [(path, place) for path, place in self.paths(i) if place in v]
+            if mine:
+                part = part + stacked_products(
+                    [path for path, _ in mine],
+                    [v[place] for _, place in mine],
+                    [u[place] for _, place in mine],
+                )
+            diagonal.append(part)
+        return diagonal

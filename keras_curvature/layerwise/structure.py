@@ -1,0 +1,418 @@
+"""What is known of a model's layers: found out once, and frozen.
+
+For a layer that is linear in its variables, `z_n = J_n W` for sample n, the diagonal of
+the Hessian block of W follows from the curvature at the layer's outputs:
+
+    diag(H_WW) = Σ_n diag(J_nᵀ M_n J_n),     M_n = ∂²L/∂z_n ∂z_nᵀ
+
+Three things must hold, and none is assumed:
+
+* W acts on the loss through the rule's outputs only, penalties apart;
+* no use of W feeds another: z is linear in W over all its uses;
+* samples do not interact.
+
+The first two are read off what the loss is computed from, while nothing runs. The third
+takes a product, and so does the question whether a rule describes what its layer does.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from keras import ops, tree
+
+from keras_curvature import backend, keras_internals
+from keras_curvature.backend import Outline, Shape, Tensor
+from keras_curvature.evaluation import Evaluation
+from keras_curvature.layerwise.opened import (
+    Given,
+    Met,
+    Output,
+    Place,
+    run_opened,
+)
+from keras_curvature.layerwise.rules import LayerRule, rule_for
+from keras_curvature.loss import Batch, State, TrainingLoss
+
+#: What a diagonal is differentiated by: a variable by its number, or a shift.
+Name: TypeAlias = int | Place | Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A place at which variables act through a layer's linear output.
+
+    Attributes:
+        place: the place.
+        layer: the layer.
+        rule: its rule.
+        skeleton: what the rule remembers there, `None` in place of tensors.
+        output: shape and type of the linear output.
+        variables: numbers of the variables that act there.
+    """
+
+    place: Place
+    layer: Any
+    rule: LayerRule
+    skeleton: Any
+    output: Shape
+    variables: tuple[int, ...]
+
+    @property
+    def size(self) -> float:
+        """Entries of the output for each sample; infinite if that varies."""
+        return entries(self.output)
+
+    def taps(self, met: Met) -> dict[Any, Tensor]:
+        """The tensors that `paths` needs."""
+        leaves = tree.flatten(met.remembered)
+        taps = {(self.place, i): t for i, t in enumerate(leaves) if backend.is_tensor(t)}
+        return taps | {(self.place, "output"): met.output}
+
+    def paths(self, taps: Mapping[Any, Tensor]) -> list[Any]:
+        """The paths from the output back to the variables."""
+        leaves = tree.flatten(self.skeleton)
+        leaves = [taps.get((self.place, i), leaf) for i, leaf in enumerate(leaves)]
+        remembered = tree.pack_sequence_as(self.skeleton, leaves)
+        return self.rule.paths(self.layer, remembered, taps[self.place, "output"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """How the variables of a loss act on it.
+
+    Attributes:
+        loss: the loss.
+        uses: the uses of all variables that are reached through layer outputs.
+        direct: numbers of the variables that (also) act in other ways: those that no
+            use covers, and those with penalties.
+        outputs: names of the shifts at the model's outputs, in front of a final
+            activation: places, or shifts of their own.
+        output_shapes: shapes and types of the outputs.
+        signature: the `signature` of the batch that they were found with.
+        samples_interact: whether a sample feels the shifts of other samples.
+    """
+
+    loss: TrainingLoss
+    uses: tuple[Use, ...]
+    direct: tuple[int, ...]
+    outputs: tuple[Place | Output, ...]
+    output_shapes: tuple[Shape, ...]
+    signature: tuple[Any, ...]
+    samples_interact: bool = False
+
+    @functools.cached_property
+    def layers(self) -> dict[int, tuple[Any, LayerRule]]:
+        """The layers that are opened, with their rules, by number."""
+        return {use.place.layer: (use.layer, use.rule) for use in self.uses}
+
+    @functools.cached_property
+    def uses_of(self) -> dict[int, list[Use]]:
+        """The uses of each variable that has some, by the number of the variable."""
+        uses: dict[int, list[Use]] = {}
+        for use in self.uses:
+            for i in use.variables:
+                uses.setdefault(i, []).append(use)
+        return dict(sorted(uses.items()))
+
+    @functools.cached_property
+    def numbers(self) -> dict[Name, int]:
+        """A number for each name, by which random directions differ."""
+        own = [name for name in self.outputs if isinstance(name, Output)]
+        first = len(self.loss.variables)
+        names = [*(use.place for use in self.uses), *own]
+        return {i: i for i in range(first)} | {
+            name: first + k for k, name in enumerate(names)
+        }
+
+    @functools.cached_property
+    def shapes(self) -> dict[Place | Output, Shape]:
+        """Shape and type of every shift."""
+        shapes = dict(zip(self.outputs, self.output_shapes, strict=True))
+        return {use.place: use.output for use in self.uses} | shapes
+
+    @property
+    def num_outputs(self) -> float:
+        """Number of the model's scalar outputs per sample; infinite if it varies."""
+        return sum(map(entries, self.output_shapes)) if self.outputs else math.inf
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """For each variable's name how it is reached."""
+        return {
+            name: "layer outputs" if i in self.uses_of else "parameters"
+            for i, name in enumerate(self.loss.layout.names)
+        }
+
+    def without(self, layers: set[int]) -> "Structure":
+        """The same with the variables of some layers, by number, taken as direct."""
+        gone = {i for u in self.uses if u.place.layer in layers for i in u.variables}
+        uses = tuple(u for u in self.uses if u.place.layer not in layers)
+        outputs = tuple(
+            Output(number)
+            if isinstance(name, Place) and name.layer in layers
+            else name
+            for number, name in enumerate(self.outputs)
+        )
+        direct = tuple(sorted({*self.direct, *gone}))
+        return dataclasses.replace(self, uses=uses, direct=direct, outputs=outputs)
+
+
+def entries(shape: Shape) -> float:
+    """Entries for each sample; infinite if their number varies."""
+    sizes = [math.inf if n is None else n for n in shape.shape[1:]]
+    return math.prod(sizes) if shape.shape else math.inf
+
+
+def signature(batch: Batch) -> tuple[Any, ...]:
+    """The shapes of the arrays in a batch, apart from the number of samples."""
+    return tuple(None if t is None else tuple(t.shape[1:]) for t in tree.flatten(batch))
+
+
+def num_samples(batch: Batch) -> Any:
+    """The number of samples in a batch; a tensor while tracing, where it varies."""
+    return ops.shape(next(t for t in tree.flatten(batch) if t is not None))[0]
+
+
+def rules_for(loss: TrainingLoss) -> dict[int, tuple[Any, LayerRule]]:
+    """The layers that a rule covers and that hold a variable of the loss."""
+    asked = {id(v) for v in loss.variables}
+    layers = keras_internals.flat_layers(loss.model, include_self=True)
+    found = [(layer, rule_for(layer)) for layer in layers]
+    return {
+        number: (layer, rule)
+        for number, (layer, rule) in enumerate(found)
+        if rule and any(id(v) in asked for v in rule.variables(layer))
+    }
+
+
+def survey(evaluation: Evaluation) -> Structure:
+    """What can be known of a model's layers without running it.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    return _Survey(evaluation).structure()
+
+
+class _Survey:
+    """Runs the loss once in the abstract, and asks what came from what."""
+
+    def __init__(self, evaluation: Evaluation):
+        loss = evaluation.loss
+        if not isinstance(loss, TrainingLoss):
+            raise ValueError(
+                "Layer outputs need a Keras model. Received: the Hessian of a plain "
+                f"function, {loss!r}. Use an exact method or Hutchinson's."
+            )
+        self._loss = loss
+        self._layers = rules_for(loss)
+        self._number = {id(v): i for i, v in enumerate(loss.variables)}
+        self._met: dict[Place, Met] = {}
+        self._given: list[Given] = []
+        self._uses: dict[Place, Use] = {}
+        state, batch = loss.state(), evaluation.data.first()
+        self._evaluation = evaluation
+        outline = evaluation.outline(self._run, state.values)
+        self._signature = signature(batch)
+        self._samples = num_samples(batch)
+        count = len(state.values)
+        arguments = len(tree.flatten((state, batch, state.values)))
+        # Positions among the flattened arguments of `_run`.
+        self._held_at = [arguments - count + i for i in range(count)]
+        self._batch_at = frozenset(
+            range(len(tree.flatten(state)), arguments - count)
+        )
+        self._origins = outline.origins
+        self._complete(outline)
+
+    def _run(self, state: State, batch: Batch, held: list[Tensor]) -> Any:
+        """Traced in the abstract: the loss, and what is met at places and outputs."""
+        self._met, self._given, self._uses = {}, [], {}
+
+        def at_place(place: Place, met: Met) -> Tensor:
+            self._met[place] = met
+            return met.output
+
+        def at_output(number: int, given: Given) -> Tensor:
+            self._given.append(given)
+            return given.value
+
+        loss = run_opened(
+            self._loss, self._layers, state, held, batch, at_place, at_output
+        )
+        met = self._met.values()
+        inputs = []
+        for place, m in self._met.items():
+            layer, rule = self._layers[place.layer]
+            paths = rule.paths(layer, m.remembered, m.output)
+            inputs.append([p.inputs for p in paths if p.inputs is not None])
+            mine = {id(v) for v in rule.variables(layer)}
+            self._uses[place] = Use(
+                place,
+                layer,
+                rule,
+                tree.map_structure(
+                    lambda t: None if backend.is_tensor(t) else t, m.remembered
+                ),
+                Shape((), ""),  # Filled in below, when the trace is complete.
+                # What the layer was not asked for (frozen by itself) is no constant.
+                tuple(
+                    self._number[id(p.variable)]
+                    for p in paths
+                    if id(p.variable) in mine and id(p.variable) in self._number
+                ),
+            )
+        return {
+            "loss": loss,
+            "received": [m.received + i for m, i in zip(met, inputs, strict=True)],
+            "places": [m.output for m in met],
+            "values": [g.value for g in self._given],
+            "before": [g.before for g in self._given],
+        }
+
+    def _complete(self, outline: Outline) -> None:
+        for place, shape in zip(self._met, outline.shapes["places"], strict=True):
+            self._uses[place] = dataclasses.replace(self._uses[place], output=shape)
+        self._shapes = outline.shapes["before"]
+
+    def structure(self) -> Structure:
+        """What was found."""
+        unsound = self._unsound()
+        dropped = {
+            number
+            for number, (layer, rule) in self._layers.items()
+            if any(self._number.get(id(v)) in unsound for v in rule.variables(layer))
+        }
+        uses = tuple(
+            u for place, u in self._uses.items() if place.layer not in dropped
+        )
+        covered = {i for use in uses for i in use.variables}
+        acting = self._acting_directly()
+        direct = tuple(
+            i
+            for i in range(len(self._loss.variables))
+            if (i in acting or i not in covered)
+            and i not in self._loss.findings.unconnected
+        )
+        outputs = tuple(
+            self._output(number, given, dropped)
+            for number, given in enumerate(self._given)
+        )
+        shapes = tuple(
+            self._uses[name].output if isinstance(name, Place) else shape
+            for name, shape in zip(outputs, self._shapes, strict=True)
+        )
+        return Structure(
+            self._loss, uses, direct, outputs, shapes, self._signature
+        )
+
+    def _acting_directly(self) -> set[int]:
+        """Variables that reach the loss in other ways than through the places."""
+        return {
+            i for i in range(len(self._held_at)) if i in self._origins["loss"]
+        }
+
+    def _unsound(self) -> set[int]:
+        """Variables for which the formula over layer outputs does not hold."""
+        found = {i for use in self._uses.values() for i in use.variables}
+        asked = {
+            self._number[id(v)]
+            for layer, rule in self._layers.values()
+            for v in rule.variables(layer)
+            if id(v) in self._number
+        }
+        unsound = asked - found
+        acting = self._acting_directly()
+        rows = zip(
+            self._uses.values(),
+            self._met.values(),
+            self._origins["received"],
+            self._origins["places"],
+            strict=True,
+        )
+        for use, met, received, output in rows:
+            reached = frozenset[int]().union(*received)
+            for i in use.variables:
+                variable = self._loss.variables[i]
+                # Another use feeds this one: its inputs move with the variable, which
+                # adds a second-order term that the formula lacks.
+                fed = self._held_at[i] in reached or (i in acting and i in reached)
+                # The output is computed from constants alone (an embedding of the
+                # positions), or its rows are something else than samples.
+                rows_are_samples = bool(output & self._batch_at) and (
+                    not use.output.shape
+                    or use.output.shape[0] is None
+                    or use.output.shape[0] == self._samples
+                )
+                if fed or not rows_are_samples or id(variable) in met.reassigned:
+                    unsound.add(i)
+        return unsound | self._entangled(sorted((acting & found) - unsound))
+
+    def _entangled(self, variables: list[int]) -> set[int]:
+        """Those whose direct effect on the loss is more than a penalty.
+
+        A penalty's gradient depends on the variable only. Anything else that reaches a
+        variable directly also depends on what its layers give out.
+        """
+        if not variables:
+            return set()
+
+        def gradient(state: State, batch: Batch, held: list[Tensor]) -> list[Tensor]:
+            def loss(point: dict[int, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+                values = [point.get(i, v) for i, v in enumerate(state.values)]
+                return run_opened(
+                    self._loss,
+                    self._layers,
+                    State(values, state.others),
+                    held,
+                    batch,
+                    lambda place, met: met.output,
+                ), {}
+
+            point = {i: state.values[i] for i in variables}
+            return list(backend.gradient(loss, point)[2].values())
+
+        values = self._loss.state().values
+        origins = self._evaluation.outline(gradient, values).origins
+        return {
+            i
+            for i, origin in zip(variables, origins, strict=True)
+            if self._held_at[i] in origin
+        }
+
+    def _output(self, number: int, given: Given, dropped: set[int]) -> Place | Output:
+        """The shift at an output: the layer's own if it leads there and nowhere else."""
+        place = given.places[-1] if given.places else None
+        if place is None or place.layer in dropped or not given.alone:
+            return Output(number)
+        # Of several shifts in one layer the last one, if nothing follows it.
+        if len(given.places) > 1 and self._met[place].output is not given.value:
+            return Output(number)
+        layer = place.layer
+        held = {
+            self._held_at[i]
+            for p, use in self._uses.items()
+            if p.layer == layer
+            for i in use.variables
+        }
+        returned = [bool(g.places) and g.places[-1].layer == layer for g in self._given]
+        calls = {p.call for p in self._uses if p.layer == layer}
+        elsewhere = [
+            origin
+            for origin, mine in zip(self._origins["values"], returned, strict=True)
+            if not mine
+        ]
+        for p, received in zip(self._uses, self._origins["received"], strict=True):
+            if p.layer != layer:
+                elsewhere += received
+        leads_elsewhere = any(origin & held for origin in elsewhere)
+        if leads_elsewhere or len(calls) != sum(returned):
+            return Output(number)
+        return place
+

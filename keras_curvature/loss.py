@@ -1,0 +1,427 @@
+"""The loss that training minimises, as a pure function.
+
+    loss(state, batch) → scalar
+
+`state` holds the values of *all* variables that the loss reads: those that it is
+differentiated by, and the others. Nothing is read from the model inside, and nothing
+is left behind in it: weights, BatchNormalization statistics, seeds, metrics and
+`model.losses` are the same after a call as before. Everything else in this package is
+a derivative of that function.
+"""
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import keras
+import numpy as np
+
+from keras_curvature import backend, keras_internals
+from keras_curvature.backend import Findings, Tensor
+from keras_curvature.parameters import Layout
+
+#: `(x, y, sample_weight)`, nested structures of tensors; `None` for what is missing.
+Batch: TypeAlias = tuple[Any, Any, Any]
+
+_LOW_PRECISION = ("float16", "bfloat16")
+
+
+class State(NamedTuple):
+    """The values of all variables that a loss reads.
+
+    Attributes:
+        values: of the variables that it is differentiated by, in float32 at least.
+        others: of all other variables.
+    """
+
+    values: list[Tensor]
+    others: list[Tensor]
+
+
+class TrainingLoss:
+    """The loss that training a Keras model minimises, on one batch.
+
+    It is what the model was compiled with: losses and their weights, sample weights,
+    masks, regularizers and `add_loss`, without loss scaling. Layers that compute in
+    half precision compute in float32 here.
+
+    Args:
+        model: a Keras model, compiled unless `loss_fn` is given. What it still lacks
+            of its variables is created here.
+        batch: a batch to look at the model with.
+        loss_fn: function `loss_fn(model, x, y)`, or `loss_fn(model, x, y,
+            sample_weight)`, that returns the scalar loss, for models whose
+            `train_step` does not use the compiled one. It is the whole loss: add
+            `sum(model.losses)` for regularizers.
+        variables: the Keras variables to differentiate by. Defaults to
+            `model.trainable_variables` as they are now.
+        training: value of the `training` argument of the layers. With `True`,
+            dropout masks are the same in every call as long as the model's seeds
+            do not move.
+
+    Attributes:
+        model: the model.
+        training: as given.
+        is_compiled: whether the loss is the one that the model was compiled with.
+        variables: the variables that the loss is differentiated by.
+        layout: their `Layout` in a flat vector.
+        findings: what is known of the gradient, variables named by number.
+
+    Raises:
+        ValueError: if the model has no loss, or no variables to differentiate by.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: Batch,
+        *,
+        loss_fn: Callable[..., Any] | None = None,
+        variables: Sequence[Any] | None = None,
+        training: bool = False,
+    ):
+        _check(model, loss_fn, variables)
+        self.model = model
+        self.training = training
+        self.is_compiled = loss_fn is None
+        self._loss_fn = loss_fn
+        self._build(batch)
+        self.variables = tuple(
+            model.trainable_variables if variables is None else variables
+        )
+        if not self.variables:
+            raise ValueError(
+                "There is nothing to differentiate by: the model has no trainable "
+                f"variables. Received: model={model.name!r}, variables={variables!r}."
+            )
+        self.layout = layout_of(self.variables)
+        self._others: tuple[Any, ...] = ()
+        self.findings, self._others = _look(self, batch)
+
+    def _build(self, batch: Batch) -> None:
+        model = self.model
+        # Drawing seeds while building is what training would have done a little later.
+        with keras_internals.losses_at_rest(model):
+            if self._loss_fn is None:
+                own_loss = type(model).compute_loss is not keras.Model.compute_loss
+                if batch[1] is None and model.loss is not None and not own_loss:
+                    raise ValueError(
+                        f"The loss that the model {model.name!r} was compiled with "
+                        "needs targets. Received: y=None. Pass `y`, or a data set of "
+                        "pairs `(x, y)`."
+                    )
+                keras_internals.build(model, batch)
+            elif not all(layer.built for layer in self.layers()):
+                model(batch[0], training=False)
+
+    def layers(self) -> list[Any]:
+        """All layers of the model, those inside other layers included."""
+        return keras_internals.flat_layers(self.model)
+
+    def state(self) -> State:
+        """The present values of all variables."""
+        return _state(self.variables, self._others)
+
+    def __call__(self, state: State, batch: Batch) -> Tensor:
+        """The scalar loss; pure, so that it may be compiled.
+
+        Args:
+            state: the values of all variables.
+            batch: `(x, y, sample_weight)`.
+        """
+        return self.evaluate(_scope_at(self.variables, self._others, state), batch)
+
+    def evaluate(self, scope: keras.StatelessScope, batch: Batch) -> Tensor:
+        """The scalar loss with the values of variables that a scope holds."""
+        x, y, sample_weight = batch
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_random_state_at_rest())
+            stack.enter_context(keras_internals.losses_at_rest(self.model))
+            stack.enter_context(
+                keras_internals.twice_differentiable_layers(self.model)
+            )
+            stack.enter_context(scope)
+            if self._loss_fn is not None:
+                extra = () if sample_weight is None else (sample_weight,)
+                return _as_scalar(self._loss_fn(self.model, x, y, *extra))
+            return _as_scalar(self._compiled_loss(x, y, sample_weight))
+
+    def _compiled_loss(self, x: Any, y: Any, sample_weight: Any) -> Tensor:
+        model = self.model
+        y_pred = model(x, training=self.training)
+        arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+        if _takes_training(model.compute_loss):
+            arguments["training"] = self.training
+        loss, replicas = model.compute_loss(**arguments), backend.num_replicas()
+        # Within the scope of a distribution strategy Keras divides the loss by the
+        # number of replicas, because each of them would see a part of the batch.
+        return loss if replicas == 1 else loss * replicas
+
+
+class FunctionLoss:
+    """Any scalar function of parameters; it ignores the batch.
+
+    Args:
+        loss_fn: function of the parameters, which are handed to it in their
+            structure; or a function without arguments that reads the variables.
+        parameters: any nested structure of arrays, or of variables.
+
+    Attributes:
+        variables: the arrays or variables, in the order of the flattened structure.
+        layout: their `Layout` in a flat vector.
+        findings: what is known of the gradient, variables named by number.
+
+    Raises:
+        ValueError: if there is no parameter, or the function neither takes parameters
+            nor can read them.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Any], parameters: Any):
+        leaves = backend.flatten(parameters)[0] if callable(loss_fn) else []
+        reads = callable(loss_fn) and _takes_nothing(loss_fn)
+        if not leaves or (reads and not all(_is_variable(v) for v in leaves)):
+            raise ValueError(
+                "Expected a function of the parameters and a nested structure of "
+                "arrays, at least one; or a function without arguments and a list of "
+                f"the variables that it reads. Received: loss_fn={loss_fn!r}, "
+                f"parameters={parameters!r}."
+            )
+        self.variables = tuple(leaves)
+        self._parameters = parameters
+        self._others: tuple[Any, ...] = ()
+        self._function, self._reads, self._native = loss_fn, reads, None
+        if not reads:
+            self.variables = tuple(_as_parameter(v) for v in leaves)
+        elif not all(isinstance(v, keras.Variable) for v in leaves):
+            raw = [v.value if isinstance(v, keras.Variable) else v for v in leaves]
+            self._native = backend.function_of_variables(loss_fn, raw)
+            self.variables = tuple(raw)
+        self.layout = layout_of(self.variables)
+        self.findings, self._others = _look(self, (None, None, None))
+
+    def state(self) -> State:
+        """The present values of the parameters."""
+        if self._native is not None:
+            # The function reads them itself.
+            return State(list(self.variables), [])
+        return _state(self.variables, self._others)
+
+    def move_to(self, parameters: Any) -> None:
+        """Takes other values of the parameters, in the same structure.
+
+        Raises:
+            ValueError: for a function that reads variables, which have their values,
+                or parameters of another structure, shape or type.
+        """
+        leaves = [_as_parameter(v) for v in backend.flatten(parameters)[0]]
+        if self._reads or layout_of(leaves) != self.layout:
+            raise ValueError(
+                "Expected parameters with the structure, the shapes and the types of "
+                "those that the operator was made with. Received: "
+                f"parameters={parameters!r}. Variables are read as they are."
+            )
+        self.variables = tuple(leaves)
+
+    def pack(self, arrays: Sequence[Any]) -> Any:
+        """One array for each parameter, in the structure of the parameters."""
+        return backend.flatten(self._parameters)[1](list(arrays))
+
+    def __call__(self, state: State, batch: Batch) -> Tensor:
+        """The scalar value of the function.
+
+        Args:
+            state: the values of the parameters.
+            batch: anything.
+        """
+        return self.evaluate(_scope_at(self.variables, self._others, state), batch)
+
+    def evaluate(self, scope: keras.StatelessScope, batch: Batch) -> Tensor:
+        """The scalar value with the values of parameters that a scope holds."""
+        del batch
+        values = [scope.get_current_value(v) for v in self.variables]
+        with scope:
+            if self._native is not None:
+                return _as_scalar(self._native(values))
+            if self._reads:
+                return _as_scalar(self._function())
+            return _as_scalar(self._function(self.pack(values)))
+
+
+#: What the rest of the package asks of a loss.
+Loss: TypeAlias = TrainingLoss | FunctionLoss
+
+
+def layout_of(variables: Sequence[Any]) -> Layout:
+    """The `Layout` of variables or arrays, in the types that they are computed in.
+
+    Raises:
+        ValueError: for one that does not hold floating-point numbers.
+    """
+    names = unique_names(variables)
+    dtypes = [keras.backend.standardize_dtype(v.dtype) for v in variables]
+    for name, dtype in zip(names, dtypes, strict=True):
+        if "float" not in dtype:
+            raise ValueError(
+                "A Hessian needs floating-point variables. Received: "
+                f"{name} of dtype {dtype}."
+            )
+    return Layout(
+        tuple(names),
+        tuple(tuple(map(int, v.shape)) for v in variables),
+        tuple(_full_precision(dtype) for dtype in dtypes),
+    )
+
+
+def unique_names(variables: Sequence[Any]) -> list[str]:
+    """Paths of variables; a path that occurs again gets a number."""
+    names: list[str] = []
+    seen: dict[str, int] = {}
+    for i, variable in enumerate(variables):
+        path = getattr(variable, "path", None) or getattr(variable, "name", None)
+        path = path if isinstance(path, str) else f"parameter {i}"
+        seen[path] = seen.get(path, 0) + 1
+        names.append(path if seen[path] == 1 else f"{path} ({seen[path]})")
+    return names
+
+
+def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...]]:
+    """What is known of the gradient, and the other variables that the loss reads.
+
+    Traced once, when the loss is made, with the other variables as they are.
+    """
+    read: list[Any] = []
+
+    def of_point(point: dict[int, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        scope = _NotingScope(collect_losses=True)
+        _give(scope, loss.variables, list(point.values()))
+        value = loss.evaluate(scope, batch)
+        read[:] = scope.read.values()
+        return value, {}
+
+    with backend.twice_differentiable():
+        findings = backend.examine(of_point, dict(enumerate(loss.state().values)))
+    return findings, tuple(read)
+
+
+def _state(variables: Sequence[Any], others: Sequence[Any]) -> State:
+    values = [
+        backend.array(value, _full_precision(keras.backend.standardize_dtype(v.dtype)))
+        for v, value in zip(variables, backend.values(variables), strict=True)
+    ]
+    return State(values, backend.values(others))
+
+
+class _NotingScope(keras.StatelessScope):
+    """A scope that notes which variables are read that it has no value for."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.read: dict[int, Any] = {}
+
+    def get_current_value(self, variable: Any) -> Any:
+        """The value of a variable, or `None`."""
+        value = super().get_current_value(variable)
+        if value is None:
+            self.read.setdefault(id(variable), variable)
+        return value
+
+
+def _scope_at(
+    variables: Sequence[Any], others: Sequence[Any], state: State
+) -> keras.StatelessScope:
+    """A scope in which variables have the values of a state."""
+    scope = keras.StatelessScope(collect_losses=True)
+    _give(scope, variables, state.values)
+    _give(scope, others, state.others)
+    return scope
+
+
+def _give(
+    scope: keras.StatelessScope, variables: Sequence[Any], values: Sequence[Tensor]
+) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        # Unlike a mapping handed to the scope, this keeps the precision of a value.
+        scope.add_update((variable, value))
+
+
+def _check(model: Any, loss_fn: Any, variables: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a `keras.Model`; for a function of parameters use "
+            "`HessianOperator.from_function(loss_fn, parameters)`. Received: "
+            f"model={model!r} of type {type(model).__name__}."
+        )
+    if loss_fn is None and not model.compiled:
+        raise ValueError(
+            "The model has no loss yet. Call `model.compile(loss=...)` first, "
+            "or pass `loss_fn=`, a function `loss_fn(model, x, y)`. Received: "
+            f"the model {model.name!r}, not compiled."
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(
+            "`loss_fn` must be a function `loss_fn(model, x, y)` that returns "
+            f"the scalar loss. Received: loss_fn={loss_fn!r}."
+        )
+    for variable in variables or ():
+        if not isinstance(variable, keras.Variable):
+            raise ValueError(
+                "`variables` must be Keras variables of the model, such as "
+                "`model.layers[0].trainable_variables`. Received: an element "
+                f"of type {type(variable).__name__}."
+            )
+
+
+def _takes_training(compute_loss: Callable[..., Any]) -> bool:
+    """Whether it has the argument: overrides from before Keras 3.3 lack it."""
+    parameters = inspect.signature(compute_loss).parameters.values()
+    return any(p.name == "training" or p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # A builtin that does not tell.
+        return False
+    return True
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, keras.Variable) or hasattr(x, "assign")
+
+
+def _as_parameter(x: Any) -> Any:
+    """A parameter's present value, as a tensor."""
+    return backend.values([x])[0] if _is_variable(x) else backend.array(x)
+
+
+def _full_precision(dtype: str) -> str:
+    return "float32" if dtype in _LOW_PRECISION else dtype
+
+
+def _as_scalar(loss: Any) -> Tensor:
+    if loss is None:
+        raise ValueError("The loss function must return a scalar. Received: None.")
+    loss = backend.array(loss)
+    dtype = keras.backend.standardize_dtype(loss.dtype)
+    if len(loss.shape) or "float" not in dtype:
+        raise ValueError(
+            "The loss must be a scalar floating-point tensor. Received: shape "
+            f"{tuple(loss.shape)}, dtype {dtype}. Average or sum it over the samples."
+        )
+    return backend.array(loss, _full_precision(dtype))
+
+
+@contextlib.contextmanager
+def _random_state_at_rest() -> Iterator[None]:
+    """Layers and losses that read Python's or NumPy's random state leave it."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
