@@ -28,7 +28,7 @@ try:
     )
     from keras_curvature.callbacks import CurvatureFeed, CurvatureMonitor
     from keras_curvature.estimators import Estimate
-    from keras_curvature.layer_rules import LayerRule, register_layer_rule
+    from keras_curvature.layerwise.rules import LayerRule, register_layer_rule
     from keras_curvature.operators import HessianOperator
     from keras_curvature.optimizers import DiagonalNewton
     from keras_curvature.report import curvature_summary

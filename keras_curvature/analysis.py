@@ -7,20 +7,27 @@ arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
 """
 
 import dataclasses
+import functools
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_curvature import estimators
-from keras_curvature.estimators import Estimate
-from keras_curvature.operators import (
+from keras_curvature.backend import Tensor
+from keras_curvature.estimators import DeflatedMoments, Estimate, Moments
+from keras_curvature.layerwise import (
     ExactDiagonal,
     GaussNewtonDiagonal,
-    HessianOperator,
     LayerwiseDiagonal,
+    Plan,
+    find_structure,
 )
-from keras_curvature.probe import Probe
+from keras_curvature.loss import FunctionLoss, TrainingLoss
+from keras_curvature.operators import BasisDiagonal, HessianOperator
 from keras_curvature.progress import Progress
 
 #: `method="auto"` computes a figure exactly if that takes at most this many products.
@@ -40,19 +47,19 @@ LAYERWISE_SAMPLES = 8
 
 
 def hessian_diagonal(
-    model,
-    x=None,
-    y=None,
+    model: Any,
+    x: Any = None,
+    y: Any = None,
     *,
     method: str = "auto",
     num_matvecs: int | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     max_matvecs: int = MAX_MATVECS,
-    groups="joint",
+    groups: Any = "joint",
     control_variate: bool | str = "auto",
     verbose: bool | str = "auto",
-    **options,
+    **options: Any,
 ) -> Estimate:
     """The diagonal of the Hessian of the training loss.
 
@@ -100,14 +107,15 @@ def hessian_diagonal(
 
     Returns:
         An `Estimate` whose value and standard error are lists of NumPy arrays, one
-        for each variable, in units of loss per squared unit of the variable.
+        for each variable, in units of loss per squared unit of the variable. For the
+        operator of a function they have the structure of its parameters.
 
     Raises:
         ValueError: for an unknown method, inconsistent data, an exact diagonal
             beyond `max_matvecs`, or a control variate that the model does not have.
     """
     operator = operator_for(model, x, y, options)
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         estimate = diagonal_moments(
             operator,
             method,
@@ -127,18 +135,17 @@ def hessian_diagonal(
 
 
 def diagonal_moments(
-    operator,
-    method="auto",
-    num_matvecs=None,
-    tolerance=None,
-    seed=0,
-    max_matvecs=MAX_MATVECS,
-    progress=None,
-    samples=LAYERWISE_SAMPLES,
-    groups="joint",
-    control_variate="auto",
-    partial=True,
-):
+    operator: HessianOperator,
+    method: str = "auto",
+    num_matvecs: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    max_matvecs: int = MAX_MATVECS,
+    progress: Progress | None = None,
+    samples: int = LAYERWISE_SAMPLES,
+    groups: Any = "joint",
+    control_variate: bool | str = "auto",
+) -> Moments:
     """`hessian_diagonal` and the trace that comes with it, for an operator.
 
     Args:
@@ -148,11 +155,10 @@ def diagonal_moments(
         tolerance: relative standard error to reach.
         seed: seed of the random signs.
         max_matvecs: limit of the exact method.
-        progress: called as `progress(done, total)`.
+        progress: told `progress(done, total)`; says whether to go on.
         samples: samples of `"layerwise"` when there is no budget.
         groups: which layers share a product.
         control_variate: whether the Gauss–Newton part is computed exactly.
-        partial: whether Ctrl-C returns what random samples told by then, or is raised.
 
     Returns:
         `Moments` whose tensors are flat and stay on the device, without a norm.
@@ -167,29 +173,15 @@ def diagonal_moments(
             "random signs on the parameters (Hutchinson) instead.",
             stacklevel=3,
         )
-    plan = None
+    evaluation, plan = operator.evaluation, None
     if by_layers and method in ("auto", "exact"):
-        plan = _from_layers(ExactDiagonal, operator).plan(seed)
+        plan = evaluation.once(ExactDiagonal).plan(seed)
     if method == "auto":
         cost = operator.shape[0] if plan is None else plan.num_matvecs
         budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
         method = "exact" if cost <= budget else "layerwise"
     if method == "layerwise" and not by_layers:
         method = "hutchinson"
-    if method == "layerwise":
-        if num_matvecs is None and tolerance is None:
-            num_matvecs = samples
-        drawn = estimators.check_budget(num_matvecs, tolerance)
-        control_variate = _controlled(operator, plan, control_variate, drawn, seed)
-        return estimators.sampled_moments(
-            LayerwiseDiagonal(operator.layer_outputs, groups, control_variate),
-            num_matvecs,
-            tolerance,
-            seed,
-            operator.sizes,
-            progress,
-            partial,
-        )
     if method == "hutchinson":
         return estimators.hutchinson_moments(
             operator,
@@ -199,19 +191,37 @@ def diagonal_moments(
             operator.sizes,
             diagonal=True,
             progress=progress,
-            partial=partial,
         )
+    if method == "exact":
+        return _exact_diagonal(operator, plan, max_matvecs, progress)
+    sampled = num_matvecs is not None or tolerance is not None
     if method == "gauss_newton":
-        return _gauss_newton(
-            operator, num_matvecs, tolerance, seed, max_matvecs, progress, partial
-        )
-    return _exact_diagonal(operator, plan, max_matvecs, progress)
+        gauss_newton = evaluation.once(GaussNewtonDiagonal)
+        if not sampled:
+            diagonal, passes = gauss_newton.compute(max_matvecs)
+            return estimators.moments_of_diagonal(
+                diagonal, passes, operator.sizes, operator.place
+            )
+        draw = gauss_newton.samples
+    else:
+        num_matvecs = num_matvecs if sampled else samples
+        drawn = estimators.check_budget(num_matvecs, tolerance)
+        control = _controlled(operator, plan, control_variate, drawn, seed)
+        draw = _layerwise(operator, groups, control).samples
+    return estimators.sampled_moments(
+        lambda start, width: draw(seed, start, width),
+        num_matvecs,
+        tolerance,
+        operator.sizes,
+        progress,
+        operator.place,
+    )
 
 
 def hessian_trace(
-    model,
-    x=None,
-    y=None,
+    model: Any,
+    x: Any = None,
+    y: Any = None,
     *,
     method: str = "auto",
     num_matvecs: int | None = None,
@@ -219,7 +229,7 @@ def hessian_trace(
     seed: int = 0,
     max_matvecs: int = MAX_MATVECS,
     verbose: bool | str = "auto",
-    **options,
+    **options: Any,
 ) -> Estimate:
     """The trace of the Hessian of the training loss: the sum of its eigenvalues.
 
@@ -261,7 +271,7 @@ def hessian_trace(
     operator = operator_for(model, x, y, options)
     if method == "auto" and not _has_layers(operator):
         method = "deflated"
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
             return _deflated(operator, "trace", num_matvecs, tolerance, seed, progress)
         return diagonal_moments(
@@ -270,9 +280,9 @@ def hessian_trace(
 
 
 def hessian_frobenius_norm(
-    model,
-    x=None,
-    y=None,
+    model: Any,
+    x: Any = None,
+    y: Any = None,
     *,
     method: str = "auto",
     num_matvecs: int | None = None,
@@ -280,7 +290,7 @@ def hessian_frobenius_norm(
     seed: int = 0,
     max_matvecs: int = MAX_MATVECS,
     verbose: bool | str = "auto",
-    **options,
+    **options: Any,
 ) -> Estimate:
     """The Frobenius norm of the Hessian of the training loss, `sqrt(Σ H_ij²)`.
 
@@ -329,7 +339,7 @@ def hessian_frobenius_norm(
         budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
         method = "exact" if operator.shape[0] <= budget else "deflated"
     name, blocks = "frobenius_norm", operator.sizes
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         if method == "exact":
             _check_affordable(operator.shape[0], max_matvecs, 'method="deflated"')
             return estimators.exact_moments(operator, blocks, progress).frobenius_norm
@@ -346,7 +356,14 @@ def hessian_frobenius_norm(
         ).frobenius_norm
 
 
-def hessian_matrix(model, x=None, y=None, *, max_parameters: int = 10_000, **options):
+def hessian_matrix(
+    model: Any,
+    x: Any = None,
+    y: Any = None,
+    *,
+    max_parameters: int = 10_000,
+    **options: Any,
+) -> np.ndarray:
     """The Hessian of the training loss as a dense matrix, for small models.
 
     Args:
@@ -376,33 +393,46 @@ def hessian_matrix(model, x=None, y=None, *, max_parameters: int = 10_000, **opt
     return operator.to_dense()
 
 
-def _has_layers(operator):
+def _has_layers(operator: HessianOperator) -> bool:
     """Whether the diagonal can be had from the layers' outputs."""
     return (
-        isinstance(operator.probe, Probe)
+        isinstance(operator.evaluation.loss, TrainingLoss)
         and operator.hvp == "tape"
-        and not operator.layer_outputs.samples_interact
+        and not operator.evaluation.once(find_structure).samples_interact
     )
 
 
-def _from_layers(kind, operator):
-    """The `kind` of diagonal of an operator, one for all calls.
-
-    What it learns about the model while tracing it keeps, and the operator traces
-    only once.
-    """
-    made = vars(operator.layer_outputs).setdefault("_diagonals", {})
-    if kind not in made:
-        made[kind] = kind(operator.layer_outputs)
-    return made[kind]
+def _layerwise(
+    operator: HessianOperator, groups: Any, control_variate: bool
+) -> LayerwiseDiagonal:
+    """Layerwise samples, made once for each choice: they are compiled."""
+    if groups not in ("joint", "layer"):
+        return LayerwiseDiagonal(operator.evaluation, groups, control_variate)
+    return operator.evaluation.once(_LAYERWISE[groups, control_variate])
 
 
-def _controlled(operator, plan, control_variate, drawn, seed):
+_LAYERWISE = {
+    (groups, control_variate): functools.partial(
+        LayerwiseDiagonal, groups=groups, control_variate=control_variate
+    )
+    for groups in ("joint", "layer")
+    for control_variate in (False, True)
+}
+
+
+def _controlled(
+    operator: HessianOperator,
+    plan: Plan | None,
+    control_variate: bool | str,
+    drawn: int,
+    seed: int,
+) -> bool:
     """Whether samples of the diagonal leave the Gauss–Newton part out."""
-    few = operator.layer_outputs.num_outputs <= CONTROL_PASSES * min(drawn, 16)
+    num_outputs = operator.evaluation.once(find_structure).num_outputs
+    few = num_outputs <= CONTROL_PASSES * min(drawn, 16)
     if not control_variate or (control_variate == "auto" and not few):
         return False
-    plan = plan or _from_layers(ExactDiagonal, operator).plan(seed)
+    plan = plan or operator.evaluation.once(ExactDiagonal).plan(seed)
     if control_variate == "auto":
         return plan.num_outputs < math.inf and plan.noise_without < CONTROL_NOISE
     if plan.num_outputs == math.inf:
@@ -414,90 +444,96 @@ def _controlled(operator, plan, control_variate, drawn, seed):
     return True
 
 
-def _exact_diagonal(operator, plan, max_matvecs, progress):
+def _exact_diagonal(
+    operator: HessianOperator,
+    plan: Plan | None,
+    max_matvecs: int,
+    progress: Progress | None,
+) -> Moments:
     """From the layers' outputs if there is a plan, else by the parameter basis."""
     _check_affordable(
         operator.shape[0] if plan is None else plan.num_matvecs,
         max_matvecs,
         'method="hutchinson"' if plan is None else 'method="layerwise"',
     )
-    if plan is None:
+    evaluation, spent = operator.evaluation, operator.shape[0]
+    if plan is not None:
+        spent = plan.num_matvecs
+        if progress is not None:
+            progress.announce(spent)
+        diagonal = evaluation.once(ExactDiagonal).compute(plan)
+    elif isinstance(evaluation.loss, FunctionLoss) and operator.hvp == "tape":
+        go_on: Callable[[int, int], bool] = progress or (lambda done, total: True)
+        diagonal = evaluation.once(BasisDiagonal).compute(go_on)
+    else:
         return estimators.exact_moments(operator, operator.sizes, progress)
-    if progress is not None:
-        progress.announce(plan.num_matvecs)
     return estimators.moments_of_diagonal(
-        _from_layers(ExactDiagonal, operator).compute(plan),
-        plan.num_matvecs,
-        operator.sizes,
+        diagonal, spent, operator.sizes, operator.place
     )
 
 
-def _gauss_newton(
-    operator, num_matvecs, tolerance, seed, max_matvecs, progress, partial
-):
-    gauss_newton = _from_layers(GaussNewtonDiagonal, operator)
-    if operator.layer_outputs.samples_interact:
-        raise ValueError(
-            "The Gauss–Newton diagonal is computed sample by sample, and the samples "
-            "of this model interact (BatchNormalization in training mode, or a layer "
-            'that mixes the batch). Use training=False, or method="hutchinson".'
-        )
-    if num_matvecs is None and tolerance is None:
-        value = gauss_newton.compute(max_matvecs)
-        return estimators.moments_of_diagonal(
-            value, gauss_newton.num_matvecs, operator.sizes
-        )
-    return estimators.sampled_moments(
-        gauss_newton, num_matvecs, tolerance, seed, operator.sizes, progress, partial
-    )
-
-
-def _deflated(operator, name, num_matvecs, tolerance, seed, progress):
+def _deflated(
+    operator: HessianOperator,
+    name: str,
+    num_matvecs: int | None,
+    tolerance: float | None,
+    seed: int,
+    progress: Progress,
+) -> Estimate:
     """A figure from a dominant subspace, refined until it is precise enough."""
     budget = estimators.check_budget(num_matvecs, tolerance)
     first = budget if tolerance is None else min(24, budget)
-    for figures, spent in subspace_looks(operator, first, budget, seed):
-        estimate = getattr(figures, name)
-        progress(min(spent, budget), budget)
+    for figures, spent in subspace_looks(operator, first, budget, seed, progress):
+        estimate: Estimate = getattr(figures, name)
         error = estimate.relative_standard_error
         if tolerance is not None and error is not None and error <= tolerance:
             break
     return dataclasses.replace(estimate, num_matvecs=spent)
 
 
-def subspace_looks(operator, first, budget, seed):
+def subspace_looks(
+    operator: HessianOperator,
+    first: int,
+    budget: int,
+    seed: int,
+    progress: Progress,
+) -> Iterator[tuple[DeflatedMoments, int]]:
     """Looks at an operator, each from the subspace that the last one found.
 
-    Each takes twice the products of the last. Ctrl-C ends them, unless nothing is known
-    by then.
+    Each takes twice the products of the last.
 
     Args:
         operator: a `HessianOperator`.
         first: products of the first look.
         budget: products of all of them.
         seed: seed of the random signs.
+        progress: when it says stop there are no further looks.
 
     Yields:
         `DeflatedMoments`, and the products spent so far.
     """
     subspace, spent, width = estimators.DominantSubspace(), 0, first
-    while not spent or width >= 2:
+    while not spent or (width >= 2 and not progress.stopped):
         try:
             figures = subspace.update(
-                operator, width, seed, operator.sizes, partial=True
+                operator,
+                width,
+                seed,
+                operator.sizes,
+                progress=lambda done, _, before=spent: progress(before + done, budget),
             )
         except KeyboardInterrupt:
-            if not spent:
+            if not (spent and progress.stopped):
                 raise
             return
         spent += figures.num_matvecs
         yield figures, spent
         if figures.num_matvecs < width:
-            return  # Interrupted, or exact.
+            return  # Stopped, or exact.
         width = min(2 * width, budget - spent)
 
 
-def _check_affordable(cost, max_matvecs, alternative):
+def _check_affordable(cost: int, max_matvecs: int, alternative: str) -> None:
     if cost > max_matvecs:
         raise ValueError(
             f"The exact figure takes {cost:,} matrix-vector products, more than "
@@ -506,7 +542,7 @@ def _check_affordable(cost, max_matvecs, alternative):
         )
 
 
-def _check_choice(method, choices):
+def _check_choice(method: str, choices: tuple[str, ...]) -> None:
     if method not in choices:
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, choices))}. Received: "
@@ -514,7 +550,9 @@ def _check_choice(method, choices):
         )
 
 
-def operator_for(model, x, y, options):
+def operator_for(
+    model: Any, x: Any, y: Any, options: dict[str, Any]
+) -> HessianOperator:
     """The operator to work on: the one given, or a new one."""
     if isinstance(model, HessianOperator):
         if x is not None or y is not None or options:
@@ -527,6 +565,8 @@ def operator_for(model, x, y, options):
     return HessianOperator(model, x, y, **options)
 
 
-def _as_arrays(operator, flat):
-    """A flat tensor as one NumPy array per variable."""
-    return None if flat is None else operator.split(ops.convert_to_numpy(flat))
+def _as_arrays(operator: HessianOperator, flat: Tensor | None) -> Any:
+    """A flat tensor as NumPy arrays, in the structure of the parameters."""
+    if flat is None:
+        return None
+    return operator.structured(ops.convert_to_numpy(flat))

@@ -74,8 +74,9 @@ def variable_figures(operator, diagonal=None, subspace=None, edges=None):
         `"layer_block_share"` that in its rows of its layer's diagonal block.
     """
     records = []
-    for variable, size in zip(operator.variables, operator.sizes, strict=True):
-        path = _without_model(variable.path, operator)
+    layout = operator.evaluation.loss.layout
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        path = _without_model(name, operator)
         layer = path.rpartition("/")[0] or path
         records.append({"path": path, "layer": layer, "size": size})
     if diagonal is not None:
@@ -118,7 +119,7 @@ def _add_blocks(records, pairs, scale):
 
 def _without_model(path, operator):
     """A variable's path without the name of the model in front of all of them."""
-    model = getattr(operator.probe, "model", None)
+    model = getattr(operator.evaluation.loss, "model", None)
     return path.removeprefix(f"{model.name}/") if model is not None else path
 
 
@@ -215,7 +216,11 @@ def _summarize(sizes, inner_edges):
                 )
             )
             bins = ops.searchsorted(edges, h, side="right")
-            counts.append(ops.bincount(bins, minlength=len(inner_edges) + 1))
+            counts.append(
+                ops.segment_sum(
+                    ops.ones_like(bins), bins, num_segments=len(inner_edges) + 1
+                )
+            )
         return ops.stack(statistics), ops.stack(counts)
 
     return backend.compiled(summarize)

@@ -56,7 +56,7 @@ def curvature_summary(
         ValueError: for an unknown method or inconsistent data.
     """
     operator = operator_for(model, x, y, options)
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         diagonal = diagonal_moments(
             operator,
             method,
@@ -66,7 +66,9 @@ def curvature_summary(
         )
         # The first look finds the subspace, the second one uses it.
         first = max(2, num_matvecs // 2)
-        *_, (figures, spent) = subspace_looks(operator, first, num_matvecs, seed)
+        *_, (figures, spent) = subspace_looks(
+            operator, first, num_matvecs, seed, progress
+        )
     variables = records.variable_figures(operator, diagonal, figures)
     layers = records.layer_figures(variables)
     names: dict = {}

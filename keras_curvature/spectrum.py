@@ -54,7 +54,7 @@ def hessian_eigenvalues(
         RuntimeError: if the products are not finite.
     """
     operator = operator_for(model, x, y, options)
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         return estimators.eigenvalues(
             operator, k, tolerance, which, eigenvectors, seed, num_matvecs, progress
         )
@@ -105,7 +105,7 @@ def hessian_spectral_density(
         ValueError: for inconsistent data or counts below one.
     """
     operator = operator_for(model, x, y, options)
-    with Progress(operator, verbose) as progress:
+    with Progress(operator.evaluation, verbose) as progress:
         return estimators.spectral_density(
             operator, num_steps, num_vectors, seed, sigma, grid, progress=progress
         )

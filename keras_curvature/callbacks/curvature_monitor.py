@@ -6,11 +6,16 @@ import time
 
 import keras
 
-from keras_curvature import backend
+from keras_curvature import backend, keras_internals
 from keras_curvature import record as records
 from keras_curvature.callbacks.arguments import check_arguments, unpacked
 from keras_curvature.callbacks.failures import Failures, about_data, reason
-from keras_curvature.callbacks.hand_over import learning_rate, optimizer_figures, step
+from keras_curvature.callbacks.hand_over import (
+    learning_rate,
+    number,
+    optimizer_figures,
+    step,
+)
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
 from keras_curvature.data import endless_batches
@@ -244,7 +249,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         """
         model = self.model
         # Held, not only compared by id, so that no id is given to another object.
-        of = (model, getattr(model, "_compile_loss", None), *model.trainable_variables)
+        of = (model, keras_internals.compiled_loss_of(model), *model.trainable_variables)
         known = self._operator_of
         if known is not None and list(map(id, known)) == list(map(id, of)):
             return False
@@ -266,9 +271,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._measurement.renew()
         # Building may have created the variables.
         self._operator_of = (*of[:2], *model.trainable_variables)
-        if model.optimizer is not None and not model.optimizer.built:
-            with model.distribute_strategy.scope():
-                model.optimizer.build(model.trainable_variables)
+        keras_internals.build_optimizer(model)
         return True
 
     def _next_batch(self):
@@ -324,7 +327,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record = {
             "step": self._step(),
             "epoch": self._epoch,
-            "loss": float(operator.loss()),
+            "loss": number(operator.loss()).item(),
             "learning_rate": learning_rate(self.model),
         }
         record.update(

@@ -56,8 +56,6 @@ class Measurement:
     def take(self, model, operator, num_matvecs):
         """The figures for a record; the optimizer is handed the diagonal.
 
-        Ctrl-C is meant for the training, and is raised.
-
         Args:
             model: the Keras model that trains.
             operator: the `HessianOperator` on the probe data.
@@ -80,9 +78,7 @@ class Measurement:
             figures.update(seen)
             spent += products
         if self._density_freq and (self._probes - 1) % self._density_freq == 0:
-            density = spectral_density(
-                operator, seed=self._seed, partial=False, **DENSITY
-            )
+            density = spectral_density(operator, seed=self._seed, **DENSITY)
             figures["spectral_density"] = _plain(density)
             spent += density.num_matvecs
         variables = records.variable_figures(operator, diagonal, subspace, self._edges)
@@ -102,7 +98,6 @@ class Measurement:
             self._diagonal_samples if sampled else None,
             seed=self._seed_of_probe(),
             samples=self._diagonal_samples,
-            partial=False,
         )
         if self._method == "auto" and moments.trace.standard_error != 0:
             # Found too dear once, which need not be found out again. What is cheap

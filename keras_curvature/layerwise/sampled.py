@@ -85,7 +85,7 @@ class Samples:
             # Fresh signs for each sample and each batch of the data.
             return self._layout.joined(draw(backend.fold_in(keys[i], number)))
 
-        return ops.transpose(backend.loop_range(sample, keys.shape[0]))
+        return ops.transpose(backend.loop_range(sample, ops.shape(keys)[0]))
 
 
 class LayerwiseDiagonal:

@@ -1,6 +1,7 @@
 """What the Hessian times a vector is."""
 
+from keras_curvature.operators.basis_diagonal import BasisDiagonal
 from keras_curvature.operators.hessian import HessianOperator
 from keras_curvature.operators.preconditioned import PreconditionedOperator
 
-__all__ = ["HessianOperator", "PreconditionedOperator"]
+__all__ = ["BasisDiagonal", "HessianOperator", "PreconditionedOperator"]

@@ -284,7 +284,7 @@ class HessianOperator:
         def product(i: Any) -> Tensor:
             return layout.joined(list(multiply(layout.parted(rows[i])).values()))
 
-        return ops.transpose(backend.loop_range(product, columns.shape[1]))
+        return ops.transpose(backend.loop_range(product, ops.shape(columns)[1]))
 
     def _by_differences(self, state: State, batch: Batch, columns: Tensor) -> Tensor:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
