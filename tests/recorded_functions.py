@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from keras import backend as keras_backend
 from keras import ops
+
+from keras_curvature import backend
 
 FUNCTIONS: dict[str, "Function"] = {}
 
@@ -43,6 +46,11 @@ def _function(point):
 def numbers(*shape, seed=0):
     """Standard normal numbers."""
     return np.random.default_rng(seed).standard_normal(shape)
+
+
+def like(x, tensor):
+    """An array as a tensor of another one's type; `ops.cast` may round it first."""
+    return backend.array(x, keras_backend.standardize_dtype(tensor.dtype))
 
 
 def flat(parts):
@@ -101,16 +109,18 @@ def truth(name):
 
 @_function({"x": numbers(3), ("y", 0): numbers(2, seed=1), 7: np.ones(2)})
 def quartic():
-    """All coupled; the entry 7 is not used, and only operators are."""
+    """All coupled; the entry 7 is not used."""
     a = numbers(4, 3, seed=2)
 
     def recorded(p):
-        z = ops.cast(a, p["x"].dtype) @ p["x"][:, None]
-        return ops.sum(z**4) * p["y", 0][0] + ops.prod(p["y", 0]) ** 2, {"z": z}
+        z = like(a, p["x"]) @ p["x"][:, None]
+        y = p["y", 0]
+        return ops.sum(z**4) * y[0] + (y[0] * y[1]) ** 2, {"z": z}
 
     def twin(p):
         z = a @ p["x"][:, None]
-        return np.sum(z**4) * p["y", 0][0] + np.prod(p["y", 0]) ** 2, {"z": z}
+        y = p["y", 0]
+        return np.sum(z**4) * y[0] + (y[0] * y[1]) ** 2, {"z": z}
 
     return recorded, twin
 
@@ -126,15 +136,14 @@ def tanh_net():
     x, y = numbers(4, 2, seed=3), numbers(4, 2, seed=4)
 
     def recorded(p):
-        dtype = p["bias"].dtype
-        hidden = ops.tanh(ops.cast(x, dtype) @ p["kernel"] + p["bias"])
-        error = hidden @ p["out", 1] - ops.cast(y, dtype)
-        return ops.mean(error**2), {"hidden": hidden, ("error", 0): error}
+        hidden = ops.tanh(like(x, p["bias"]) @ p["kernel"] + p["bias"])
+        error = hidden @ p["out", 1] - like(y, p["bias"])
+        return ops.sum(error**2) / 8, {"hidden": hidden, ("error", 0): error}
 
     def twin(p):
         hidden = np.tanh(x @ p["kernel"] + p["bias"])
         error = hidden @ p["out", 1] - y
-        return np.mean(error**2), {"hidden": hidden, ("error", 0): error}
+        return np.sum(error**2) / 8, {"hidden": hidden, ("error", 0): error}
 
     return recorded, twin
 
@@ -160,8 +169,8 @@ def convolution():
     image = numbers(2, 4, 4, 1, seed=2)
 
     def recorded(p):
-        z = ops.conv(ops.cast(image, p["bias"].dtype), p["kernel"], padding="valid")
-        return ops.mean(ops.tanh(z + p["bias"]) ** 2), {"z": z}
+        z = ops.conv(like(image, p["bias"]), p["kernel"], padding="valid")
+        return ops.sum(ops.tanh(z + p["bias"]) ** 2), {"z": z}
 
     def twin(p):
         z = sum(
@@ -169,7 +178,7 @@ def convolution():
             for i in range(2)
             for j in range(2)
         )
-        return np.mean(np.tanh(z + p["bias"]) ** 2), {"z": z}
+        return np.sum(np.tanh(z + p["bias"]) ** 2), {"z": z}
 
     return recorded, twin
 
@@ -214,7 +223,7 @@ def loop():
             h = ops.tanh((h[None] @ p["kernel"])[0] + x)
             return h, h
 
-        last, all_of_them = ops.scan(step, p["start"], ops.cast(x, p["start"].dtype))
+        last, all_of_them = ops.scan(step, p["start"], like(x, p["start"]))
         return ops.sum(all_of_them**3), {"last": last}
 
     def twin(p):
@@ -232,8 +241,7 @@ def attention():
     value = numbers(1, 3, 1, 2, seed=2)
 
     def recorded(p):
-        dtype = p["query"].dtype
-        z = ops.dot_product_attention(p["query"], p["key"], ops.cast(value, dtype))
+        z = ops.dot_product_attention(p["query"], p["key"], like(value, p["key"]))
         return ops.sum(z**3), {"z": z}
 
     def twin(p):

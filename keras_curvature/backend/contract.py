@@ -17,7 +17,7 @@ Conventions:
 |---|---|
 | `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. `jit_compile` asks TensorFlow for XLA |
 | `num_traces()` | number of signatures compiled so far, of all functions |
-| `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed; runs nothing where the framework can tell without |
+| `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |
 | `examine(function, point)` | `Findings` about the gradient of a recorded function |
 | `gradient(function, point)` | `(loss, taps, {name: dense gradient})`, zeros where the loss does not depend on an entry |
 | `record(function, point)` | a `Recording`: derivatives that share one evaluation |
@@ -25,7 +25,7 @@ Conventions:
 | `current_trace()` | what is being traced now, to compare with `is`/`==`: the body of a loop is a trace of its own, whose tensors cannot leave it |
 | `twice_differentiable()` | context in which second derivatives are right: around tracing *and* running |
 | `map_range(function, count)` | the tensors `function(i)` for `i < count`, all at once where that can be, stacked along a new first axis |
-| `loop_range(function, count)` | the same, one after the other: the memory of one |
+| `loop_range(function, count)` | the same, one after the other: the memory of one. `count` may be a tensor where a dimension varies from call to call |
 | `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
 | `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
 | `signs(shape, key, dtype)` | independent random signs ±1 |
@@ -40,6 +40,7 @@ Conventions:
 | `placed(x, place)` | `x` as a tensor in that place; spread over the devices as `fit` spreads its data where a distribution says so |
 | `num_replicas()` | by what Keras divides a loss in the present scope, or 1 |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
+| `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |
 
 A *key* is what random numbers are drawn with: a pair of integers (`array([a, b],
@@ -49,11 +50,12 @@ written. Numbers given to `map_range` and its relatives are scalar integer tenso
 integers.
 """  # noqa: E501
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 Tensor: TypeAlias = Any
-Name: TypeAlias = Hashable
+#: Anything hashable.
+Name: TypeAlias = Any
 Direction: TypeAlias = Mapping[Name, Tensor]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 from keras import tree
@@ -27,6 +27,34 @@ class _Vectorizing(threading.local):
 _vectorizing = _Vectorizing()
 
 
+#: The entries of a nested structure, under the number of the structure.
+_Numbered: TypeAlias = dict[str, list[Any]]
+
+
+class _Structures:
+    """Nested structures as lists of their entries, and back.
+
+    `tf.function` sorts the keys of dictionaries, which names of different types do
+    not allow. So it gets and returns lists.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Any] = []
+
+    def numbered(self, structure: Any) -> _Numbered:
+        found = tree.flatten_with_path(structure)
+        empty = tree.map_structure(lambda entry: 0, structure)
+        # Equal dictionaries may be in different orders.
+        known = [path for path, _ in found], empty
+        if known not in self._known:
+            self._known.append(known)
+        return {str(self._known.index(known)): [entry for _, entry in found]}
+
+    def packed(self, numbered: _Numbered) -> Any:
+        ((number, entries),) = numbered.items()
+        return tree.pack_sequence_as(self._known[int(number)][1], entries)
+
+
 def num_traces() -> int:
     """See the contract."""
     return _traces[0]
@@ -44,33 +72,15 @@ def compiled(
     Returns:
         A callable with a method `traces()`, the number of graphs made so far.
     """
-    # `tf.function` sorts the keys of dictionaries, which names of different types
-    # do not allow. So it gets lists, under the number of a structure.
-    structures: list[Any] = []
-    numbers: dict[Any, str] = {}
+    arguments, results = _Structures(), _Structures()
 
-    def numbered(structure: Any) -> tuple[str, list[Any]]:
-        paths, leaves = [], []
-        for path, leaf in tree.flatten_with_path(structure):
-            paths.append(path)
-            leaves.append(leaf)
-        number = numbers.setdefault(tuple(paths), str(len(structures)))
-        if int(number) == len(structures):
-            structures.append(tree.map_structure(lambda leaf: 0, structure))
-        return number, leaves
-
-    def packed(flat: dict[str, list[Any]]) -> Any:
-        ((number, leaves),) = flat.items()
-        return tree.pack_sequence_as(structures[int(number)], leaves)
-
-    def counted(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def counted(given: _Numbered) -> _Numbered:
         _traces[0] += 1
-        number, leaves = numbered(function(*packed(flat)))
-        return {number: leaves}
+        return results.numbered(function(*arguments.packed(given)))
 
-    def one_by_one(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def one_by_one(given: _Numbered) -> _Numbered:
         with _without_vectorizing():
-            return counted(flat)
+            return counted(given)
 
     def traced(function: Callable[..., Any]) -> Any:
         # TensorFlow counts traces by the code of a function, over all of ours, and
@@ -85,17 +95,16 @@ def compiled(
     state = {"function": traced(counted), "vectorizes": True}
 
     def call(*args: Any) -> Any:
-        number, leaves = numbered(args)
-        before = _vectorizing.count
+        given, before = arguments.numbered(args), _vectorizing.count
         try:
-            return packed(state["function"]({number: leaves}))
+            return results.packed(state["function"](given))
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
             # Some operations vectorize but then do not run: the gradient of a
             # grouped convolution on a CPU.
             if _vectorizing.count == before or not state["vectorizes"]:
                 raise
             state.update(function=traced(one_by_one), vectorizes=False)
-            return packed(state["function"]({number: leaves}))
+            return results.packed(state["function"](given))
 
     call.traces = lambda: state["function"].experimental_get_tracing_count()  # type: ignore[attr-defined]
     return call
@@ -121,12 +130,13 @@ def map_range(function: Callable[[Tensor], Any], count: int) -> Any:
     return mapped
 
 
-def loop_range(function: Callable[[Tensor], Any], count: int) -> Any:
+def loop_range(function: Callable[[Tensor], Any], count: int | Tensor) -> Any:
     """See the contract.
 
     Its graph is made once, which counts where it is a whole backward pass.
     """
-    if count == 1 or tf.executing_eagerly():
+    static = tf.get_static_value(count)
+    if static == 1 or tf.executing_eagerly():
         results = [function(tf.constant(i)) for i in range(count)]
         return tree.map_structure(lambda *parts: tf.stack(parts), *results)
     # The loop asks for the types of the results before it traces its body. As a

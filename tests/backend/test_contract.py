@@ -4,7 +4,9 @@ Written against `keras_curvature.backend`, `keras.ops` and NumPy alone.
 """
 
 import functools
+import inspect
 import random
+import re
 
 import keras
 import numpy as np
@@ -35,15 +37,14 @@ def tensors(point, dtype="float32"):
 
 
 def assert_close(actual, expected, dtype="float32", scale=None):
-    """Equal up to the rounding of the type, relative to the largest number.
+    """Equal up to rounding, relative to the largest number.
 
     In float64 the differences in `truth` leave about 1e-8, in float32 a few hundred
-    roundings add up. Off TensorFlow, Keras itself computes partly in float32.
+    roundings add up.
     """
     expected = np.asarray(expected, "float64")
     scale = np.max(np.abs(expected), initial=0) if scale is None else scale
-    exact = dtype == "float64" and NAME == "tensorflow"
-    tolerance = (1e-7 if exact else 1e-4) * max(scale, 1e-3)
+    tolerance = {"float32": 1e-4, "float64": 1e-7}[dtype] * max(scale, 1e-3)
     np.testing.assert_allclose(
         ops.convert_to_numpy(actual), expected, rtol=0, atol=tolerance
     )
@@ -53,6 +54,26 @@ def is_of(tensor, shape, dtype):
     """Whether shape and type are these, and it is a tensor."""
     same_type = keras.backend.standardize_dtype(tensor.dtype) == dtype
     return backend.is_tensor(tensor) and tuple(tensor.shape) == shape and same_type
+
+
+def test_the_table_holds():
+    """Names and arguments are those of the contract's table."""
+    rows = re.findall(r"^\| `(\w+)(\(.*?\))?` \|", backend.contract.__doc__, re.M)
+    rows = rows[1:] if rows[0][0] == "name" else rows
+    assert len(rows) > 20
+    types = {"Caveat", "Findings", "NotTwiceDifferentiable", "Outline"}
+    types |= {"Recording", "Shape", "Tensor"}
+    assert set(backend.__all__) == {name for name, _ in rows} | types
+    for name, signature in rows:
+        if signature:
+            actual = inspect.signature(getattr(backend, name))
+            parameters = [
+                p.replace(annotation=p.empty) for p in actual.parameters.values()
+            ]
+            actual = actual.replace(
+                parameters=parameters, return_annotation=actual.empty
+            )
+            assert str(actual) == signature, name
 
 
 # Derivatives
@@ -87,7 +108,7 @@ def recorded(name, dtype):
                 parts = pull_back({tap: e})
                 return ops.concatenate([ops.reshape(parts[n], (-1,)) for n in names])
 
-            return backend.loop_range(row, count)
+            return backend.map_range(row, count)
 
         return (
             recording.loss,
@@ -102,17 +123,23 @@ def recorded(name, dtype):
         return backend.compiled(everything)(tensors(FUNCTIONS[name].point, dtype))
 
 
+#: Keras itself does so, off TensorFlow.
+COMPUTED_IN_FLOAT32 = ("attention", "cross_entropy")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_record(name, dtype):
     loss, taps, gradient, mapped, looped, jacobians = recorded(name, dtype)
     value, slopes, hessian, tap_slopes = truth(name)
     point = FUNCTIONS[name].point
-    assert is_of(loss, (), dtype)
     assert {n: tuple(g.shape) for n, g in gradient.items()} == {
         n: x.shape for n, x in point.items()
     }
     assert all(is_of(g, tuple(g.shape), dtype) for g in gradient.values())
+    if NAME != "tensorflow" and name in COMPUTED_IN_FLOAT32:
+        dtype = "float32"
+    assert is_of(loss, (), dtype) or name in COMPUTED_IN_FLOAT32
     assert_close(loss, value, dtype)
     assert_close(flat(arrays({n: gradient[n] for n in point})), slopes, dtype)
     assert_close(mapped, hessian, dtype)
@@ -365,10 +392,6 @@ ORIGINS = {
         lambda x, y, i: backend.sum_chunks(lambda a, b: ops.sum(a * b), [x, y], 1),
         {0, 1},
     ),
-    "branch": (
-        lambda x, y, i: ops.cond(i[0] > 0, lambda: x + 1, lambda: y * 1),
-        {0, 1, 2},
-    ),
 }
 
 
@@ -384,18 +407,28 @@ def test_outline_origins(name):
     assert outline.shapes[0].shape == tuple(result.shape)
 
 
+def test_origins_of_a_branch():
+    def function(x, y, i):
+        return ops.cond(i > 0, lambda: x + 1, lambda: y * 1)
+
+    x = backend.array(numbers(2), "float32")
+    origins = backend.outline(function, x, x, backend.array(0, "int32")).origins
+    # PyTorch knows only the branch that it takes.
+    assert ({1} if NAME == "torch" else {0, 1, 2}) <= origins
+
+
 def test_origins_count_nested_arguments_and_absent_ones():
     one = backend.array(1.0, "float32")
-    args = {"a": one, "b": None, ("c", 0): [one, one]}, None, (one,)
+    args = {"a": one, "b": None, "c": [one, one]}, None, (one,)
     positions = {path: i for i, (path, _) in enumerate(tree.flatten_with_path(args))}
 
     def function(point, absent, rest):
         assert point["b"] is None and absent is None
-        return {"a": point["a"] * 2, 5: [point["c", 0][1] + rest[0], None]}
+        return {"a": point["a"] * 2, 5: [point["c"][1] + rest[0], None]}
 
     origins = backend.outline(function, *args).origins
     assert origins["a"] == {positions[0, "a"]}
-    assert origins[5][0] == {positions[0, ("c", 0), 1], positions[2, 0]}
+    assert origins[5][0] == {positions[0, "c", 1], positions[2, 0]}
     assert origins[5][1] is None
 
 
@@ -411,10 +444,13 @@ def test_examine():
     assert findings.caveats == ()
     # Log-sum-exp stops the gradient of the maximum that it subtracts, rightly so.
     softmax = FUNCTIONS["cross_entropy"]
-    assert backend.examine(softmax.recorded, tensors(softmax.point)) == (
-        frozenset(),
-        (),
+    assert backend.examine(softmax.recorded, tensors(softmax.point)) == (set(), ())
+    # Nor is what `hold_cotangent` does a mistake.
+    findings = backend.examine(
+        lambda p: (ops.sum(backend.hold_cotangent(p["x"] ** 2) ** 3), {}),
+        tensors({"x": np.ones(2)}),
     )
+    assert findings == (set(), ())
 
 
 # Compiled functions and loops
@@ -433,6 +469,24 @@ def test_compiled_once_for_a_signature():
             after = backend.num_traces()
             assert after <= before + 1
     assert backend.num_traces() == after
+
+
+def test_compiled_functions_do_not_mix_up_names():
+    """Names that have no order, in dictionaries of another order."""
+    first, second = object(), (0, "x")
+    third = ("x", 0)
+
+    @backend.compiled
+    def function(x):
+        return {third: x[third], first: x[first], second: x[second] + 1}
+
+    one, two, three = (backend.array(float(n), "float32") for n in (1, 2, 3))
+    for point in (
+        {first: one, second: two, third: three},
+        {third: three, second: two, first: one},
+    ):
+        found = function(point)
+        assert [float(found[n]) for n in (first, second, third)] == [1, 3, 3]
 
 
 def test_compiled_functions_take_none():
@@ -461,6 +515,8 @@ def test_ranges(loop, count):
     for run in (function, backend.compiled(function)):
         assert is_of(run(x), (count, 2), "float32")
         assert_close(run(x), expected)
+    same = backend.compiled(lambda x: loop(lambda i: 2 * x[0], count))(x)
+    assert_close(same, [2 * numbers(5, 2)[0]] * count)
 
 
 def test_what_a_range_returns_may_be_integers_or_a_scalar():
@@ -560,28 +616,33 @@ def test_normal(dtype):
 
 
 @pytest.mark.parametrize("draw", [backend.signs, backend.normal])
-def test_draws_are_functions_of_their_key(draw):
-    states = random.getstate(), np.random.get_state()
-    keras.utils.set_random_seed(3)
-    first = ops.convert_to_numpy(draw((64,), key(5, 6), "float32"))
-    expected = ops.convert_to_numpy(keras.random.normal((3,)))
-    keras.utils.set_random_seed(3)
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(keras.random.normal((3,))), expected
-    )
-    again = ops.convert_to_numpy(draw((64,), key(5, 6), "float32"))
-    np.testing.assert_array_equal(first, again)
-    compiled = backend.compiled(lambda k: draw((64,), k, "float32"))
-    np.testing.assert_array_equal(ops.convert_to_numpy(compiled(key(5, 6))), first)
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+def test_draws_depend_on_their_key_alone(draw):
+    def drawn(k):
+        return draw((64,), k, "float32")
+
+    states = random.getstate(), str(np.random.get_state())
+    first = ops.convert_to_numpy(drawn(key(5, 6)))
+    assert (random.getstate(), str(np.random.get_state())) == states
+    keras.random.normal((3,))
+    for run in (drawn, backend.compiled(drawn)):
+        np.testing.assert_array_equal(ops.convert_to_numpy(run(key(5, 6))), first)
 
 
 @pytest.mark.parametrize("draw", [backend.signs, backend.normal])
-def test_draws_do_not_touch_random_states(draw):
-    states = random.getstate(), str(np.random.get_state())
-    draw((4,), backend.fold_in(key(), 1), "float32")
-    assert (random.getstate(), str(np.random.get_state())) == states
+def test_draws_do_not_touch_the_random_state_of_keras(draw):
+    def drawn():
+        keras.utils.set_random_seed(3)
+        draw((4,), backend.fold_in(key(), 1), "float32")
+        return ops.convert_to_numpy(keras.random.normal((3,)))
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        keras.utils.set_random_seed(3)
+        expected = ops.convert_to_numpy(keras.random.normal((3,)))
+        np.testing.assert_array_equal(drawn(), expected)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @pytest.mark.parametrize("draw", [backend.signs, backend.normal])
@@ -657,7 +718,10 @@ def test_wide_float():
 
 
 def test_values():
-    variables = [keras.Variable([1.0, 2.0]), keras.Variable(3, dtype="int32")]
+    variables = [
+        keras.Variable([1.0, 2.0]),
+        keras.Variable(3, trainable=False, dtype="int32"),
+    ]
     first, second = backend.values(variables)
     variables[0].assign([5.0, 6.0])
     assert is_of(first, (2,), "float32") and is_of(second, (), "int32")

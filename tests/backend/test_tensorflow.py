@@ -1,4 +1,6 @@
-"""Tapes, tracing, devices and random numbers of the TensorFlow backend."""
+"""What only the TensorFlow backend must do: see `test_contract` for the rest."""
+
+import threading
 
 import keras
 import numpy as np
@@ -9,11 +11,14 @@ from tensorflow.python.framework import ops as tensorflow_ops
 from keras_curvature import backend
 from keras_curvature.backend import tensorflow_graphs
 
-A = np.random.default_rng(0).standard_normal((4, 4))
-SYMMETRIC = A + A.T
+
+def hessian_product(function, x, v):
+    """`H v` of a scalar function of one tensor or variable."""
+    recording = backend.record(lambda p: (function(p["x"]), {}), {"x": x})
+    return recording.product(["x"], ["x"])({"x": v})["x"]
 
 
-# Tracing and placing
+# Compiled functions
 
 
 def test_compiled_counts_traces():
@@ -28,189 +33,188 @@ def test_compiled_counts_traces():
     assert function.traces() <= 3
 
 
-def test_array():
-    x = tf.constant([1.0])
-    assert backend.array(x) is x and backend.array(x, "float32") is x
-    assert backend.array(x, "float64").dtype == tf.float64
-    assert backend.array(np.ones(2), "float32").dtype == tf.float32
-    assert backend.is_tensor(x)
-    assert not any(backend.is_tensor(a) for a in (np.ones(2), tf.Variable(1.0), 1.0))
+def test_compiled_functions_may_return_other_structures_for_other_types():
+    function = backend.compiled(lambda x: [x] * (x.dtype.size // 4))
+    for _ in range(2):
+        for dtype, count in (("float32", 1), ("float64", 2)):
+            assert function(tf.constant(3.0, dtype)) == [3.0] * count
 
 
-def test_values_and_devices():
+def test_what_vectorizes_but_does_not_run_is_looped():
+    """The gradient of a grouped convolution, which a CPU has for one group only."""
+    x = tf.random.stateless_normal((1, 4, 4, 4), (0, 1))
+
+    def gradients(kernel):
+        def row(i):
+            recording = backend.record(
+                lambda p: (tf.reduce_sum(tf.nn.conv2d(x, p["k"], 1, "SAME") ** 3), {}),
+                {"k": kernel},
+            )
+            product = recording.product(["k"], ["k"])
+            return product({"k": kernel * tf.cast(i + 1, tf.float32)})["k"]
+
+        return backend.map_range(row, 2)
+
+    function = backend.compiled(gradients)
+    first, second = function(tf.ones((3, 3, 2, 4)))
+    np.testing.assert_allclose(2 * first, second, rtol=1e-4)
+    assert np.any(first)
+
+
+def test_functions_that_fail_by_themselves_are_not_tried_again():
+    tries = []
+
+    @backend.compiled
+    def function(x):
+        tries.append(1)
+        tf.debugging.assert_positive(x)
+        return x
+
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        function(-tf.ones(2))
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_loop_range_traces_its_body_once(count):
+    traces = []
+
+    def body(i):
+        traces.append(1)
+        return tf.cast(tf.range(2) + 10 * i, tf.float64)
+
+    loop = backend.compiled(lambda: backend.loop_range(body, count))
+    np.testing.assert_array_equal(loop(), [[0, 1], [10, 11], [20, 21]][:count])
+    assert len(traces) == 1
+
+
+def test_loops_run_as_often_as_there_are_rows():
+    @tf.function(input_signature=[tf.TensorSpec((None, 2))])
+    def doubled(x):
+        return backend.loop_range(lambda i: 2 * x[i], tf.shape(x)[0])
+
+    for rows in (1, 3):
+        np.testing.assert_array_equal(
+            doubled(tf.ones((rows, 2))), 2 * np.ones((rows, 2))
+        )
+    eager = backend.loop_range(lambda i: i + 1, tf.constant(3))
+    np.testing.assert_array_equal(eager, [1, 2, 3])
+
+
+# Places
+
+
+def test_variables_have_devices():
     with tf.device("CPU:1"):
         raw, wrapped = tf.Variable([1.0]), keras.Variable([2.0])
-    values = backend.values_of([raw, wrapped])
-    assert [float(v[0]) for v in values] == [1.0, 2.0]
+    assert [float(v[0]) for v in backend.values([raw, wrapped])] == [1.0, 2.0]
     for variable in (raw, wrapped):
-        assert "CPU:1" in backend.device_of(variable)
-    assert backend.device_of(3) == ""
-    with backend.on_device(backend.device_of(raw)):
+        assert "CPU:1" in backend.place_of(variable)
+    assert backend.place_of(3) is None
+    with backend.on(backend.place_of(raw)):
         assert "CPU:1" in tf.zeros(2).device
-    with backend.on_device(""):
+    with backend.on(None):
         assert "CPU:0" in tf.zeros(2).device
 
 
 def test_placed():
     x = tf.constant([1.0])
-    assert backend.placed(x, "") is x and backend.placed(x, x.device) is x
+    assert backend.placed(x, None) is x and backend.placed(x, x.device) is x
+    place = backend.place_of(_variable_on("CPU:1"))
     for a in (x, np.ones(2), 3, tf.constant(3)):
-        assert "CPU:1" in backend.placed(a, "CPU:1").device
+        assert "CPU:1" in backend.placed(a, place).device
+
+
+def _variable_on(device):
+    with tf.device(device):
+        return tf.Variable(1.0)
 
 
 def test_num_replicas(mirrored):
-    assert backend.num_replicas() == 1
     with mirrored.scope():
         assert backend.num_replicas() == 2
 
 
-# Random directions
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_random_signs(dtype):
-    signs = backend.random_signs((100, 100), (1, 2), dtype)
-    assert signs.dtype == dtype
-    np.testing.assert_array_equal(np.unique(signs), [-1, 1])
-    # 10 000 signs: the mean has a standard deviation of 0.01.
-    assert abs(np.mean(signs)) < 0.06
-    again = backend.random_signs((100, 100), (1, 2), dtype)
-    np.testing.assert_array_equal(signs, again)
-    other = backend.random_signs((100, 100), (1, 3), dtype)
-    assert abs(np.mean(signs * other)) < 0.06
-
-
-def test_random_signs_are_fresh_in_a_compiled_function():
-    function = backend.compiled(lambda seed: backend.random_signs((64,), seed))
-    draws = [function(tf.constant([0, i])).numpy() for i in range(8)]
-    assert len({d.tobytes() for d in draws}) == 8
-    np.testing.assert_array_equal(draws[3], backend.random_signs((64,), (0, 3)))
-    assert function.traces() == 1
-
-
-def test_random_directions_leave_global_states_alone():
+def test_draws_leave_global_states_alone():
+    key = backend.array([0, 1], "int32")
     tf.random.set_seed(5)
     expected = tf.random.normal((3,)).numpy()
     tf.random.set_seed(5)
-    backend.random_signs((3,), (0, 1))
-    backend.random_normal((3,), (0, 1))
+    backend.signs((3,), key, "float32")
+    backend.normal((3,), backend.fold_in(key, 1), "float32")
     np.testing.assert_array_equal(tf.random.normal((3,)), expected)
 
 
-def test_random_normal():
-    x = backend.random_normal((100, 100), (1, 2), "float64")
-    assert x.dtype == tf.float64
-    # Standard deviations 0.01 and 0.014.
-    assert abs(np.mean(x)) < 0.06 and abs(np.mean(x * x) - 1) < 0.09
+def test_draws_have_shapes_that_are_known_in_part():
+    @tf.function(input_signature=[tf.TensorSpec((None, 2))])
+    def drawn(x):
+        signs = backend.signs(keras.ops.shape(x), tf.constant([0, 1]), "float32")
+        assert signs.shape.as_list() == [None, 2]
+        return signs
+
+    assert drawn(tf.ones((3, 2))).shape == (3, 2)
 
 
-def test_folded_seeds_differ():
-    seeds = {tuple(backend.fold_seed((1, 2), i).numpy()) for i in range(20)}
-    assert len(seeds) == 20
+# Variables
 
 
-# Derivatives
+def test_products_by_variables():
+    """`L = Σ x³`, with what the tape returns for a gather: a sparse gradient."""
+    x = tf.Variable(np.arange(6.0).reshape(3, 2))
+    v = tf.ones((3, 2), tf.float64)
+    for run in (hessian_product, backend.compiled(hessian_product)):
+        product = run(lambda x: tf.reduce_sum(tf.gather(x, [0, 2, 2]) ** 3), x, v)
+        np.testing.assert_allclose(product, [[0, 6], [0, 0], [48, 60]])
 
 
-def test_gradient():
-    table, idle = tf.Variable(tf.ones((3, 2))), tf.Variable(1.0)
-    loss, (sparse, none) = backend.gradient(
+def test_a_variable_is_restored_if_its_function_fails():
+    x = tf.Variable([1.0, 2.0])
+
+    def fails():
+        if x[0] > 1:
+            raise ZeroDivisionError
+        return x[0]
+
+    function = backend.function_of_variables(fails, [x])
+    assert function([x]) == 1
+    with pytest.raises(ZeroDivisionError):
+        function([tf.constant([3.0, 4.0])])
+    np.testing.assert_array_equal(x, [1, 2])
+
+
+def test_functions_of_variables_with_sparse_and_absent_gradients():
+    table, idle = tf.Variable(tf.ones((3, 2))), tf.Variable(2.0)
+    function = backend.function_of_variables(
         lambda: tf.reduce_sum(tf.gather(table, [0, 2, 2]) ** 2), [table, idle]
     )
-    assert loss == 6.0 and none is None
-    assert isinstance(sparse, tf.Tensor)
-    np.testing.assert_array_equal(sparse, [[2, 2], [0, 0], [4, 4]])
-
-
-@pytest.mark.parametrize("kind", [tf.constant, tf.Variable])
-def test_products_are_those_of_a_quadratic(kind):
-    x = kind(np.ones(4))
-    tapes = backend.GradientProducts(
-        lambda watch: 0.5 * tf.tensordot(x, tf.linalg.matvec(SYMMETRIC, x), 1), [x]
+    point = {"table": 3 * tf.ones((3, 2)), "idle": tf.constant(7.0)}
+    loss, _, gradient = backend.gradient(
+        lambda p: (2 * function([p["table"], p["idle"]]), {}), point
     )
-    np.testing.assert_allclose(tapes.loss, SYMMETRIC.sum() / 2)
-    np.testing.assert_allclose(tapes.gradients[0], SYMMETRIC.sum(1))
-    for i in range(4):
-        (product,) = tapes.product([tf.constant(np.eye(4)[i])])
-        np.testing.assert_allclose(product, SYMMETRIC[i])
-    v = np.array([1.0, -1.0, 1.0, 1.0])
-    (product,) = tapes.product([tf.constant(v)])
-    # Not the row sums of H, which a tape returns when nothing weighs the gradient.
-    assert not np.allclose(v * product, SYMMETRIC.sum(1))
+    assert loss == 2 * 6 * 9
+    np.testing.assert_array_equal(gradient["table"], [[12, 12], [0, 0], [24, 24]])
+    np.testing.assert_array_equal(gradient["idle"], 0)
 
 
-def test_products_with_unconnected_linear_and_sparse_sources():
-    table = tf.constant(np.ones((3, 2)))
-    idle, slope = tf.constant([1.0]), tf.constant(2.0, tf.float64)
-    tapes = backend.GradientProducts(
-        lambda watch: tf.reduce_sum(tf.gather(table, [0, 2, 2]) ** 2) + slope,
-        [table, idle, slope],
-    )
-    assert [g is None for g in tapes.gradients] == [False, True, False]
-    products = tapes.product([tf.ones_like(s) for s in (table, idle, slope)])
-    np.testing.assert_array_equal(products[0], [[2, 2], [0, 0], [4, 4]])
-    np.testing.assert_array_equal(products[1], [0])
-    np.testing.assert_array_equal(products[2], 0)
-    assert [p.dtype for p in products] == [tf.float64, tf.float32, tf.float64]
+# Second derivatives that are missing
 
 
-def test_sources_declared_while_the_loss_is_computed():
+def test_the_operation_is_named():
     x = tf.constant([1.0, 2.0])
-
-    def loss_fn(watch):
-        shift = tf.zeros(2)
-        watch(shift)
-        return tf.reduce_sum((x + shift) ** 3)
-
-    tapes = backend.GradientProducts(loss_fn, [x])
-    assert len(tapes.sources) == 2
-    # H is the same matrix in each of the four blocks.
-    products = tapes.product([tf.zeros(2), tf.ones(2)])
-    for product in products:
-        np.testing.assert_allclose(product, [6.0, 12.0])
+    for run in (hessian_product, backend.compiled(hessian_product)):
+        with pytest.raises(backend.NotTwiceDifferentiable, match="SoftsignGrad"):
+            run(lambda x: tf.reduce_sum(tf.nn.softsign(x)), x, x)
 
 
-def test_finite_differences_of_a_cubic():
-    x = [tf.constant(np.ones(3)), tf.constant(np.float32(2.0))]
+def test_other_lookup_errors_pass():
+    def function(point):
+        return {}["missing"], {}
 
-    def gradient_at(values):
-        a, b = values
-        return [3 * a**2, tf.cast(3 * b**2, tf.float32)]
-
-    directions = [
-        [tf.constant(np.arange(3.0)), tf.constant(1.0)],
-        [tf.constant(np.zeros(3)), tf.constant(0.0)],
-        [tf.constant(1e-20 * np.arange(3.0)), tf.constant(1e-20)],
-    ]
-    first, zero, tiny = backend.finite_difference_products(gradient_at, x, directions)
-    np.testing.assert_allclose(first[0], 6 * np.arange(3.0), rtol=1e-9)
-    # Steps follow the least precise dtype.
-    np.testing.assert_allclose(first[1], 12.0, rtol=1e-3)
-    assert [p.dtype for p in first] == [tf.float64, tf.float32]
-    np.testing.assert_array_equal(zero[0], np.zeros(3))
-    np.testing.assert_allclose(tiny[0], 6e-20 * np.arange(3.0), rtol=1e-9)
+    with pytest.raises(KeyError, match="missing"):
+        backend.record(function, {"x": tf.constant(1.0)})
 
 
-def test_steps_of_finite_differences_follow_the_moved_parameters():
-    seen = []
-
-    def gradient_at(values):
-        seen.append(values[0].numpy())
-        return [tf.zeros_like(values[0])]
-
-    x = tf.constant(np.array([0.0] + [1000.0] * 99))
-    for v in (np.eye(100)[0], np.ones(100)):
-        backend.finite_difference_products(gradient_at, [x], [[tf.constant(v)]])
-    up, down, dense, _ = seen
-    u = 2.0**-52
-    # A weight of zero by itself: the others' size does not matter.
-    np.testing.assert_allclose(up[0] - down[0], 0.4 * u ** (1 / 3), rtol=1e-6)
-    moved = np.linalg.norm(dense - x.numpy())
-    size = 1 + np.linalg.norm(x)
-    np.testing.assert_allclose(moved, 0.2 * u ** (1 / 3) * size, rtol=1e-3)
-
-
-# Exact second derivatives
+# Second derivatives that are right within `twice_differentiable`
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
@@ -219,59 +223,95 @@ def test_steps_of_finite_differences_follow_the_moved_parameters():
 def test_exact_moments_have_the_values_of_the_original(dtype, axes, keepdims):
     x = tf.cast(np.random.default_rng(0).standard_normal((2, 3, 4)), dtype)
     expected = tf.nn.moments(x, axes, keepdims=keepdims)
-    with backend.exact_second_derivatives():
+    with backend.twice_differentiable():
         actual = tf.nn.moments(x, axes, keepdims=keepdims)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-3 if dtype == "float16" else 1e-6)
 
 
-def _variance_curvature():
-    x = tf.constant(np.array([1.0, 2.0, 4.0]))
-    tapes = backend.GradientProducts(lambda watch: tf.nn.moments(x, [0])[1], [x])
-    return tapes.product([tf.constant(np.array([1.0, 0.0, 0.0]))])[0].numpy()
-
-
 def test_exact_moments_have_second_derivatives():
+    x, v = (tf.constant(np.array(a)) for a in ([1.0, 2.0, 4.0], [1.0, 0.0, 0.0]))
     expected = 2 / 3 * np.array([2 / 3, -1 / 3, -1 / 3])
-    with backend.exact_second_derivatives():
-        np.testing.assert_allclose(_variance_curvature(), expected)
+
+    def product():
+        return hessian_product(lambda x: tf.nn.moments(x, [0])[1], x, v)
+
+    with backend.twice_differentiable():
+        np.testing.assert_allclose(product(), expected)
     # When this fails, TensorFlow has mended `tf.nn.moments`, and so can we.
-    assert not np.allclose(_variance_curvature(), expected)
+    assert not np.allclose(product(), expected)
 
 
-def test_moments_are_restored():
+@pytest.fixture
+def tensor_float_32():
+    """TF32 is on, as it is by default."""
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    yield tf.config.experimental.tensor_float_32_execution_enabled
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+def test_what_is_changed_is_restored(tensor_float_32):
     original = tf.nn.moments
-    with backend.exact_second_derivatives():
-        with backend.exact_second_derivatives():
+    with backend.twice_differentiable():
+        with backend.twice_differentiable():
             pass
-        assert tf.nn.moments is not original
-    assert tf.nn.moments is original
-    with pytest.raises(RuntimeError), backend.exact_second_derivatives():
+        assert tf.nn.moments is not original and not tensor_float_32()
+    assert tf.nn.moments is original and tensor_float_32()
+    with pytest.raises(RuntimeError), backend.twice_differentiable():
         raise RuntimeError
-    assert tf.nn.moments is original
+    assert tf.nn.moments is original and tensor_float_32()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    with backend.twice_differentiable():
+        pass
+    assert not tensor_float_32()
+
+
+def test_threads_may_overlap(tensor_float_32):
+    """The first one to enter leaves before the second one does."""
+    original, inside, leave = tf.nn.moments, threading.Event(), threading.Event()
+
+    def other():
+        with backend.twice_differentiable():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with backend.twice_differentiable():
+        thread.start()
+        assert inside.wait(10)
+    assert tf.nn.moments is not original and not tensor_float_32()
+    leave.set()
+    thread.join(10)
+    assert tf.nn.moments is original and tensor_float_32()
+
+
+def test_replicas_enter_while_their_caller_is_inside(mirrored):
+    def one_replica():
+        with backend.twice_differentiable():
+            context = tf.distribute.get_replica_context()
+            # Threads of replicas take turns at collective operations alone.
+            return context.all_reduce("SUM", tf.ones(2))
+
+    with backend.twice_differentiable():
+        total = mirrored.run(one_replica)
+    for part in mirrored.experimental_local_results(total):
+        np.testing.assert_array_equal(part, [2, 2])
 
 
 # What derivatives leave out
 
 
-def _errors(function, x):
-    found = {}
-
-    def traced(x):
-        tapes = backend.GradientProducts(lambda watch: function(x), [x])
-        found.update(backend.silent_errors(tapes.sources, tapes.gradients))
-        return tapes.loss
-
-    backend.compiled(traced)(tf.constant(x))
-    return {key: [kind for kind, _ in places] for key, places in found.items()}
-
-
-NONE = {"gradient": [], "second_derivative": [], "xla": []}
+def caveats(function, x):
+    """Pairs of kinds and operations."""
+    findings = backend.examine(lambda p: (function(p["x"]), {}), {"x": x})
+    return [caveat[:2] for caveat in findings.caveats]
 
 
 def test_silent_errors():
-    image = np.random.default_rng(0).standard_normal((1, 4, 4, 1)).astype("float32")
+    image = tf.constant(
+        np.random.default_rng(0).standard_normal((1, 4, 4, 1)).astype("float32")
+    )
 
     def resize(x):
         return tf.reduce_sum(tf.image.resize(x, (8, 8)) ** 2)
@@ -279,40 +319,62 @@ def test_silent_errors():
     def pool(x):
         return tf.reduce_sum(tf.nn.max_pool2d(x, 2, 2, "SAME") ** 2)
 
-    assert _errors(lambda x: tf.reduce_sum(x**2), image) == NONE
-    assert _errors(resize, image) == NONE | {
-        "second_derivative": ["ResizeBilinearGrad"]
-    }
-    assert _errors(pool, image) == NONE | {"xla": ["MaxPool"]}
-    assert _errors(lambda x: resize(tf.constant(image)) * x[0, 0, 0, 0], image) == NONE
-    colour = np.abs(image).reshape((1, 4, 4, 1)) * np.ones(3, "float32")
-    found = _errors(lambda x: tf.reduce_sum(x * tf.image.hsv_to_rgb(x)), colour)
-    assert found == NONE | {"gradient": ["HSVToRGB"]}
+    assert caveats(lambda x: tf.reduce_sum(x**2), image) == []
+    assert caveats(resize, image) == [("second_derivative", "ResizeBilinearGrad")]
+    assert caveats(resize, tf.Variable(image)) == caveats(resize, image)
+    assert caveats(pool, image) == [("xla", "MaxPool")]
+    # Only what lies between the point and the gradient counts.
+    assert caveats(lambda x: resize(image) * x[0, 0, 0, 0], image) == []
+    colour = tf.abs(image) * tf.ones(3)
+    found = caveats(lambda x: tf.reduce_sum(x * tf.image.hsv_to_rgb(x)), colour)
+    assert found == [("gradient", "HSVToRGB")]
 
 
-def test_silent_errors_through_branches():
-    def branch(x):
-        return tf.cond(
-            x[0] > 0,
-            lambda: tf.reduce_sum(x * tf.stop_gradient(x)),
-            lambda: tf.reduce_sum(x**2),
-        )
-
-    found = _errors(branch, np.ones(3, "float32"))
-    assert found["gradient"] == ["StopGradient"]
+def test_stopped_gradients_are_found_unless_they_are_harmless():
+    x = tf.constant([1.0, 2.0])
+    stopped = [("gradient", "StopGradient")]
+    assert caveats(lambda x: tf.reduce_sum(x * tf.stop_gradient(x)), x) == stopped
+    assert caveats(tf.reduce_logsumexp, x) == []
+    assert caveats(lambda x: tf.reduce_sum(x * tf.stop_gradient(tf.sign(x))), x) == []
+    held = caveats(lambda x: tf.reduce_sum(backend.hold_cotangent(x**2) ** 3), x)
+    assert held == []
 
 
-def test_nothing_is_found_outside_of_a_trace():
-    x = tf.constant([1.0])
-    assert backend.silent_errors([x], [tf.stop_gradient(x)]) == NONE
+def test_caveats_have_the_names_of_operations():
+    def function(point):
+        with tf.name_scope("my_layer"):
+            return tf.reduce_sum(point["x"] * tf.stop_gradient(point["x"])), {}
+
+    (caveat,) = backend.examine(function, {"x": tf.constant([1.0])}).caveats
+    assert caveat == backend.Caveat("gradient", "StopGradient", "my_layer/StopGradient")
+
+
+@pytest.mark.parametrize("kind", ["branch", "loop", "call"])
+def test_bodies_of_branches_loops_and_calls_are_read(kind):
+    def body(x):
+        held = tf.reduce_sum(backend.hold_cotangent(x))
+        return x * tf.stop_gradient(x) + tf.reduce_logsumexp(x) * held
+
+    def function(x):
+        if kind == "branch":
+            y = tf.cond(x[0] > 0, lambda: body(x), lambda: x)
+        elif kind == "loop":
+            y = tf.while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, body(y)), (0, x))
+        else:
+            y = tf.function(body)(x)
+        return tf.reduce_sum(y[-1] if kind == "loop" else y)
+
+    assert set(caveats(function, tf.ones(3))) == {("gradient", "StopGradient")}
+    findings = backend.examine(lambda p: (function(p["x"]), {}), {"x": tf.ones(3)})
+    assert len(findings.caveats) == len({c.name for c in findings.caveats})
 
 
 def test_list_of_silent_gradients_is_complete():
     """TensorFlow's registry has no gradient operation that we do not know of."""
     registry = tensorflow_ops.gradient_registry
     silent = {name for name in registry.list() if registry.lookup(name) is None}
-    known = tensorflow_graphs._STOP_SECOND_DERIVATIVES
-    assert known | tensorflow_graphs._STOP_GRADIENTS <= silent
+    known = tensorflow_graphs.STOP_SECOND_DERIVATIVES
+    assert known | tensorflow_graphs.STOP_GRADIENTS <= silent
     harmless = {
         "BroadcastGradientArgs",  # Integers.
         "SparseAddGrad",  # Sums of given numbers, not used by any dense layer.
@@ -325,26 +387,43 @@ def test_list_of_silent_gradients_is_complete():
     assert {name for name in silent if "Grad" in name} <= known | harmless
 
 
-def test_behind_a_constant_cotangent_only_the_function_in_front_is_curved():
-    """`L = g(f(x))` with `f = x²`, `g = f³`: `L' = 6x⁵`, and `g'(f) f'' = 6x⁴`."""
-    x = tf.constant(2.0)
-
-    def loss(watch):
-        return backend.with_constant_cotangent(x**2) ** 3
-
-    tapes = backend.GradientProducts(loss, [x])
-    assert float(tapes.loss) == 64 and float(tapes.gradients[0]) == 6 * 32
-    assert float(tapes.product([tf.constant(1.0)])[0]) == 6 * 16
+# Outlines
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_loop_over_range_traces_its_body_once(count):
-    traces = []
+def test_outline_runs_nothing():
+    ran = []
 
-    def body(i):
-        traces.append(1)
-        return tf.cast(tf.range(2) + 10 * i, tf.float64)
+    def function(x):
+        return tf.numpy_function(lambda x: ran.append(1) or x, [x], tf.float32) * x
 
-    loop = backend.compiled(lambda: backend.loop_over_range(body, count, "float64"))
-    np.testing.assert_array_equal(loop(), [[0, 1], [10, 11], [20, 21]][:count])
-    assert len(traces) == 1
+    def known(x):
+        y = function(x)
+        y.set_shape(x.shape)
+        return y
+
+    outline = backend.outline(known, tf.ones(2))
+    assert outline == (backend.Shape((2,), "float32"), frozenset({0}))
+    assert not ran
+
+
+def test_outline_in_a_trace_knows_what_varies():
+    outlines = []
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 2))])
+    def function(x):
+        other = x + 1
+        outlines.append(backend.outline(lambda a: [a @ tf.transpose(other), x], x))
+        return x
+
+    function(tf.ones((3, 2)))
+    ((product, outer), origins) = outlines[0]
+    assert product.shape == (None, None) and outer.shape == (None, 2)
+    # What is captured is no argument, even if it has the same value.
+    assert origins == [frozenset({0}), frozenset()]
+
+
+def test_outline_captures_variables():
+    x = tf.Variable([1.0, 2.0])
+    outline = backend.outline(lambda a: [x * a, x, tf.gather(x, [0])], tf.constant(1.0))
+    assert [shape.shape for shape in outline.shapes] == [(2,), (2,), (1,)]
+    assert outline.origins == [frozenset({0}), frozenset(), frozenset()]
