@@ -1,0 +1,407 @@
+"""The contract on PyTorch: functions and loops, tensors, places, random numbers.
+
+Nothing is compiled: functions run as they are called, and a loop is Python's. Next to
+it is `torch_derivatives`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+from keras import tree
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keras_curvature.backend.contract import Outline, Shape, Tensor
+from keras_curvature.backend.torch_derivatives import (
+    detached,
+    examine,
+    gradient,
+    hold_cotangent,
+    record,
+    twice_differentiable,
+)
+
+__all__ = [
+    "PRODUCTS_PER_PASS",
+    "array",
+    "compiled",
+    "current_trace",
+    "examine",
+    "fold_in",
+    "function_of_variables",
+    "gradient",
+    "hold_cotangent",
+    "is_tensor",
+    "loop_range",
+    "map_range",
+    "normal",
+    "num_replicas",
+    "num_traces",
+    "on",
+    "outline",
+    "place_of",
+    "placed",
+    "record",
+    "signs",
+    "sum_chunks",
+    "sum_range",
+    "twice_differentiable",
+    "values",
+    "wide_float",
+]
+
+#: The graph that products share is kept until the last of them: more of them would
+#: hold the memory for longer and save little.
+PRODUCTS_PER_PASS = 4
+
+# Functions
+
+
+class compiled:
+    """See the contract: the function as it is, without graphs."""
+
+    def __init__(
+        self, function: Callable[..., Any], jit_compile: bool | str = False
+    ) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns, computed now."""
+        with torch.no_grad():
+            return detached(self._function(*args))
+
+    def traces(self) -> int:
+        """Number of signatures compiled: none."""
+        return 0
+
+
+def num_traces() -> int:
+    """See the contract."""
+    return 0
+
+
+def current_trace() -> int | None:
+    """See the contract: the level of `torch.vmap`, whose tensors cannot leave it."""
+    level: int | None = torch._C._functorch.maybe_current_level()
+    return level
+
+
+def function_of_variables(
+    function: Callable[[], Tensor], variables: Sequence[Any]
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Refused: see the contract."""
+    raise ValueError(
+        "On PyTorch a loss must be a function of the parameters that it is "
+        "differentiated by: loss_fn(parameters), which computes with the tensors that "
+        "it is given (torch.func.functional_call makes one of a torch.nn.Module). "
+        f"Received: a function without arguments and {len(list(variables))} variables."
+    )
+
+
+# Loops
+
+
+def map_range(function: Callable[[Any], Tensor], count: int) -> Tensor:
+    """See the contract.
+
+    All at once, products of a small network take a quarter of the time. What
+    `torch.vmap` cannot do (numbers drawn with a key that depends on the index,
+    branches) runs one after the other.
+    """
+    if count > 1:
+        with contextlib.suppress(*_NOT_AT_ONCE):
+            return _at_once(function, 0, count)
+    return loop_range(function, count)
+
+
+#: An error of the function itself comes again, from the loop.
+_NOT_AT_ONCE = (RuntimeError, TypeError, ValueError)
+
+
+def _at_once(function: Callable[[Any], Any], start: int, stop: int) -> Any:
+    return torch.vmap(function)(torch.arange(start, stop, device=_place()))
+
+
+def loop_range(function: Callable[[Any], Tensor], count: int) -> Tensor:
+    """See the contract."""
+    return torch.stack([function(i) for i in range(count)])
+
+
+def sum_range(
+    function: Callable[[Any], list[Tensor]], count: int, at_once: int
+) -> list[Tensor]:
+    """See the contract."""
+
+    def chunk(start: int) -> list[Tensor]:
+        mapped = _at_once(function, start, min(start + at_once, count))
+        return [part.sum(0) for part in mapped]
+
+    total: list[Tensor]
+    if min(at_once, count) > 1:
+        with contextlib.suppress(*_NOT_AT_ONCE):
+            total = _total(chunk(start) for start in range(0, count, at_once))
+            return total
+    total = _total(function(i) for i in range(count))
+    return total
+
+
+def sum_chunks(
+    function: Callable[..., Any], arrays: Sequence[Tensor], rows: int
+) -> Any:
+    """See the contract."""
+    return _total(
+        function(*[a[start : start + rows] for a in arrays])
+        for start in range(0, max(1, len(arrays[0])), rows)
+    )
+
+
+def _total(parts: Iterator[Any]) -> Any:
+    total = next(parts)
+    for part in parts:
+        total = tree.map_structure(torch.add, total, part)
+    return total
+
+
+# Tensors and places
+
+
+def is_tensor(x: Any) -> bool:
+    """See the contract."""
+    return isinstance(x, torch.Tensor)
+
+
+def array(x: Any, dtype: str | None = None) -> Tensor:
+    """See the contract."""
+    x = x.value if isinstance(x, keras.Variable) else x
+    # Arithmetic with a parameter would build a graph.
+    x = x.detach() if isinstance(x, torch.nn.Parameter) else x
+    return keras.ops.convert_to_tensor(x, dtype)
+
+
+def values(variables: Iterable[Any]) -> list[Tensor]:
+    """See the contract: copies, as PyTorch's parameters are assigned in place."""
+    raw = (v.value if isinstance(v, keras.Variable) else v for v in variables)
+    return [value.detach().clone() for value in raw]
+
+
+def wide_float() -> str:
+    """See the contract."""
+    return "float32" if _place().type == "mps" else "float64"
+
+
+def _place() -> torch.device:
+    """The present place."""
+    device: torch.device = keras.ops.convert_to_tensor(0).device
+    return device
+
+
+def place_of(variable: Any) -> torch.device | None:
+    """See the contract: a device, `None` when unknown."""
+    raw = variable.value if isinstance(variable, keras.Variable) else variable
+    return raw.device if is_tensor(raw) else None
+
+
+def on(place: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    """See the contract: Keras' default device.
+
+    PyTorch's own default is left alone, so that a user's function that makes tensors
+    of its own does what it does elsewhere.
+    """
+    return contextlib.nullcontext() if place is None else keras.device(str(place))
+
+
+def placed(x: Any, place: torch.device | None) -> Tensor:
+    """See the contract."""
+    if place is None and is_tensor(x):
+        return x
+    with on(place):
+        return array(x)
+
+
+def num_replicas() -> int:
+    """See the contract."""
+    return 1
+
+
+# Random numbers
+
+
+def signs(shape: Sequence[int], key: Any, dtype: str) -> Tensor:
+    """See the contract."""
+    return 2 * torch.randint(0, 2, tuple(shape), **_drawn_with(key, dtype)) - 1
+
+
+def normal(shape: Sequence[int], key: Any, dtype: str) -> Tensor:
+    """See the contract."""
+    return torch.randn(tuple(shape), **_drawn_with(key, dtype))
+
+
+def _drawn_with(key: Any, dtype: str) -> dict[str, Any]:
+    """How numbers are drawn: a generator seeded with the key, where and as what."""
+    example = keras.ops.zeros((), dtype)
+    generator = torch.Generator(example.device).manual_seed(_mixed(key, 0))
+    return {"generator": generator, "dtype": example.dtype, "device": example.device}
+
+
+def fold_in(key: Any, number: Any) -> Tensor:
+    """See the contract: on the host, where generators are seeded."""
+    mixed = _mixed(key, int(number) + 1)
+    pair = [mixed >> 32, mixed & 0xFFFFFFFF]
+    return torch.tensor(pair, dtype=torch.int64, device="cpu")
+
+
+def _mixed(key: Any, number: int) -> int:
+    """64 bits that look independent for each key and number.
+
+    Each number is added to the state of SplitMix64 (Steele, Lea, Flood: Fast
+    splittable pseudorandom number generators, OOPSLA 2014), whose output function
+    then stirs it.
+    """
+    state = 0
+    for part in (int(key[0]), int(key[1]), number):
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state
+
+
+# What results are computed from
+
+
+def outline(function: Callable[..., Any], *args: Any) -> Outline:
+    """See the contract: from one run, whose operations are watched.
+
+    Of a branch that depends on numbers, only the one that is taken is seen.
+    """
+    # Copies, as arguments may share their memory.
+    flat = [x.detach().clone() if is_tensor(x) else x for x in tree.flatten(args)]
+    origins = _Origins()
+    for position, x in enumerate(flat):
+        if is_tensor(x):
+            origins.add([x], 1 << position)
+    with torch.no_grad(), _Reads(origins), origins:
+        results = function(*tree.pack_sequence_as(args, flat))
+    return Outline(
+        tree.map_structure(_shape, results),
+        tree.map_structure(
+            lambda x: _positions(origins.of([x])) if is_tensor(x) else None, results
+        ),
+    )
+
+
+def _shape(x: Any) -> Shape | None:
+    if not is_tensor(x):
+        return None
+    return Shape(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
+
+
+def _positions(bits: int) -> frozenset[int]:
+    return frozenset(i for i in range(bits.bit_length()) if bits >> i & 1)
+
+
+_aten = torch.ops.aten
+
+#: Operations that read the shape of a tensor and not what it holds.
+_READ_SHAPES = {
+    _aten.empty_like,
+    _aten.full_like,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+    _aten.new_full,
+    _aten.new_ones,
+    _aten.new_zeros,
+    _aten.ones_like,
+    _aten.rand_like,
+    _aten.randint_like,
+    _aten.randn_like,
+    _aten.zeros_like,
+}
+
+
+class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows which arguments tensors are computed from; a set of them is an integer.
+
+    Every operation passes here, also those of backward passes. What is known is known
+    of a tensor's memory: views and what autograd saves are other tensors with the
+    same memory, and in-place operations change what it holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[Any, int] = {}
+        self._everywhere = 0
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """What any of the tensors is computed from."""
+        bits = 0
+        for tensor in tensors:
+            # What Python made of numbers that it had read may be unknown.
+            bits |= self._known.get(_memory(tensor), self._everywhere)
+        return bits
+
+    def add(self, tensors: Iterable[Tensor], bits: int) -> None:
+        """Tensors are computed from these, besides what they were computed from."""
+        for tensor in tensors:
+            memory = _memory(tensor)
+            self._known[memory] = self._known.get(memory, 0) | bits
+
+    def read(self, bits: int) -> None:
+        """Python has read numbers: all that follows may depend on them."""
+        self._everywhere |= bits
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reads = func.overloadpacket not in _READ_SHAPES
+        given = _flat((args, kwargs)) if reads else []
+        bits = self._everywhere | self.of(x for x in given if is_tensor(x))
+        results = func(*args, **kwargs)
+        flat = _flat(results)
+        # Some operations return nothing, but write to an argument.
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                flat += _flat(args[i] if i < len(args) else kwargs.get(argument.name))
+        self.add((x for x in flat if is_tensor(x)), bits)
+        if any(isinstance(x, (bool, int, float, complex)) for x in _flat(results)):
+            self.read(bits)
+        return results
+
+
+def _flat(x: Any) -> list[Any]:
+    """What lists, tuples and dictionaries hold, quicker than `keras.tree`."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        return [leaf for part in x for leaf in _flat(part)]
+    return [x]
+
+
+def _memory(tensor: Tensor) -> Any:
+    """What tells the memory of a tensor from others; `None` for all sparse tensors."""
+    if tensor.layout != torch.strided:
+        return None
+    # A weak reference keeps the address from being used again.
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+class _Reads(TorchFunctionMode):
+    """Notes numbers that are read without an operation."""
+
+    _READS = (torch.Tensor.__array__, torch.Tensor.numpy, torch.Tensor.tolist)
+
+    def __init__(self, origins: _Origins) -> None:
+        super().__init__()
+        self._origins = origins
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._READS:
+            self._origins.read(self._origins.of(args[:1]))
+        return func(*args, **(kwargs or {}))
