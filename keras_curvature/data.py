@@ -1,23 +1,34 @@
-"""What users pass as data, as batches on the model's device.
+"""What users pass as data, as batches of tensors where the model lives.
 
-Arrays are placed once and kept; a `tf.data.Dataset` or a `keras.utils.PyDataset` is
-read anew for every pass, so that nothing larger than a batch is ever in memory.
+Arrays are placed once and kept; a data set is read anew for every pass, so that nothing
+larger than a batch is ever in memory.
 """
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_curvature import backend
+from keras_curvature import backend, data_sets
+from keras_curvature.data_sets import Batch, endless_batches
+
+__all__ = ["Batch", "ProbeData", "endless_batches"]
 
 
 class ProbeData:
     """Batches `(x, y, sample_weight)` that can be iterated over any number of times.
 
+    NumPy arrays are copied. A PyTorch tensor is not: changing it in place changes the
+    data.
+
     Args:
-        x: model inputs: an array or a nested structure of arrays with a common
-            first dimension, a `tf.data.Dataset`, or a `keras.utils.PyDataset`. A
-            data set yields `x`, `(x, y)` or `(x, y, sample_weight)`.
+        x: model inputs: an array, a tensor of any framework, or a nested structure of
+            them with a common first dimension; or a data set: a `tf.data.Dataset`, a
+            `keras.utils.PyDataset` or a `torch.utils.data.DataLoader`, on any backend.
+            A data set yields `x`, `(x, y)` or `(x, y, sample_weight)`.
         y: targets, structured as the model's outputs. Not allowed with a data set.
         sample_weight: weights, structured like `y`, or one array for all outputs.
             Not allowed with a data set.
@@ -25,7 +36,8 @@ class ProbeData:
             multiplies the sample weights.
         batch_size: splits arrays into batches of at most this many samples.
             Defaults to one batch with all of them.
-        device: name of the device that the batches are placed on.
+        place: where the batches are placed, from `backend.place_of`. Defaults to
+            anywhere.
 
     Raises:
         ValueError: if arrays differ in their number of samples, there are no
@@ -34,103 +46,109 @@ class ProbeData:
 
     def __init__(
         self,
-        x,
-        y=None,
-        sample_weight=None,
-        class_weight=None,
-        batch_size=None,
-        device="",
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
+        batch_size: int | None = None,
+        place: Any = None,
     ):
-        self.device = device
+        self.place = place
         self._class_weight = class_weight
-        self._source = None
-        self._batches = None
-        if _is_data_set(x):
-            _check_data_set(x, y, sample_weight, batch_size)
+        # A list of placed batches with their sizes, or the data set that is read.
+        self._source: Any
+        if data_sets.is_data_set(x):
+            data_sets.check(x, y=y, sample_weight=sample_weight, batch_size=batch_size)
             self._source = x
         elif hasattr(x, "__next__") or callable(x):
             raise ValueError(
                 "A generator can be read only once, and curvature needs several "
-                f"passes over the same data. Received: x={x!r}. Pass arrays, a "
-                "`tf.data.Dataset` or a `keras.utils.PyDataset`."
+                f"passes over the same data. Received: x={x!r}. Pass arrays, "
+                f"{data_sets.KINDS}."
             )
         else:
-            data = _map_arrays(_as_array, (x, y, sample_weight))
-            size = _num_samples(data)
+            data, size = self._weighted(_map_arrays(_as_floatx, (x, y, sample_weight)))
             step = _check_batch_size(batch_size) or size
-            self._batches = [
-                self._place(_map_arrays(lambda a, s=s: a[s : s + step], data))
-                for s in range(0, size, step)
+            self._source = [
+                self._placed(data, start, min(start + step, size))
+                for start in range(0, size, step)
             ]
 
     @classmethod
-    def none(cls):
+    def none(cls) -> Self:
         """One batch without content, for a loss that needs no data."""
+        return cls._of([((None, None, None), 1)], None)
+
+    @classmethod
+    def _of(cls, batches: list[tuple[Batch, int]], place: Any) -> Self:
         data = cls.__new__(cls)
-        data.device, data._source, data._batches = "", None, [((None,) * 3, 1)]
+        data.place, data._class_weight, data._source = place, None, batches
         return data
 
     @property
-    def num_batches(self):
+    def num_batches(self) -> int | None:
         """Number of batches in one pass; `None` if the source does not tell."""
-        if self._batches is not None:
-            return len(self._batches)
-        if isinstance(self._source, keras.utils.PyDataset):
-            return self._source.num_batches
-        cardinality = int(self._source.cardinality())
-        return cardinality if cardinality >= 0 else None
+        if isinstance(self._source, list):
+            return len(self._source)
+        return data_sets.num_batches(self._source)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yields `((x, y, sample_weight), number of samples)`."""
-        if self._batches is not None:
-            yield from self._batches
+        if isinstance(self._source, list):
+            yield from self._source
             return
-        source = self._source
-        if isinstance(source, keras.utils.PyDataset):
-            batches = (source[i] for i in range(source.num_batches))
-        else:
-            batches = source
-        for batch in batches:
-            yield self._place(_unpack(batch))
+        for batch in data_sets.read(self._source):
+            batch, size = self._weighted(_map_arrays(_as_array, batch))
+            yield self._placed(batch, 0, size)
 
-    def mean(self, function, *args, numbered=False, on_batch=None):
+    def mean(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        numbered: bool = False,
+        on_batch: Callable[[int, int | None], None] | None = None,
+    ) -> Any:
         """The mean of `function(batch, *args)` over all batches, weighted by size.
 
         Args:
             function: takes a batch `(x, y, sample_weight)`; returns a tensor or a
                 nested structure of tensors.
             *args: further arguments of `function`, the same for all batches.
-            numbered: whether the number of the batch follows as last argument.
+            numbered: whether the number of the batch, from 1, follows as last argument.
             on_batch: called as `on_batch(done, num_batches)` after each batch.
 
         Returns:
-            What `function` returns, averaged.
+            What `function` returns, averaged. Constants: PyTorch does not remember
+            how they were computed.
 
         Raises:
             ValueError: if the data set gives no batch.
         """
-        num_batches, total, samples = self.num_batches, None, 0
-        # The device is set for the work alone: reading stays where the data set is.
+        num_batches, total, samples, done = self.num_batches, None, 0, 0
+        # The place is set for the work alone: reading stays where the data set is.
         for done, (batch, size) in enumerate(self, start=1):
-            with backend.on_device(self.device):
+            with backend.on(self.place):
                 number = (backend.array(done, "int32"),) if numbered else ()
                 result = function(batch, *args, *number)
-                if num_batches != 1:
-                    result = tree.map_structure(lambda r, n=size: r * n, result)
-                    if total is not None:
-                        result = tree.map_structure(ops.add, total, result)
-            total = result
+                result = _map_arrays(ops.stop_gradient, result)
+                # A single batch is its own mean, to the last bit.
+                if done == 1:
+                    total = result
+                else:
+                    if done == 2:
+                        total = _scaled(total, samples)
+                    total = _map_arrays(operator.add, total, _scaled(result, size))
             samples += size
             if on_batch is not None:
                 on_batch(done, num_batches)
-        if total is None:
+        if done == 0:
             raise self._empty()
-        if num_batches != 1:
-            with backend.on_device(self.device):
-                total = tree.map_structure(lambda t: t / samples, total)
+        if done > 1:
+            with backend.on(self.place):
+                total = _map_arrays(lambda t: t / samples, total)
         return total
 
-    def first(self):
+    def first(self) -> Batch:
         """The first batch, `(x, y, sample_weight)`.
 
         Raises:
@@ -140,109 +158,66 @@ class ProbeData:
             return batch
         raise self._empty()
 
-    def halved(self):
+    def halved(self) -> Self:
         """The same samples in batches of half the size (twice, from a size of one).
 
         Only for arrays, whose batches are of equal size but for the last.
-        """
-        data = type(self).none()
-        data.device, data._batches = self.device, []
-        with backend.on_device(self.device):
-            if self._batches[0][1] == 1:
-                for i in range(0, len(self._batches), 2):
-                    pair = [batch for batch, _ in self._batches[i : i + 2]]
-                    data._batches.append((_map_arrays(_join, *pair), len(pair)))
-                return data
-            for batch, size in self._batches:
-                half = (size + 1) // 2
-                for start in range(0, size, half):
-                    rows = slice(start, min(start + half, size))
-                    part = _map_arrays(lambda a, r=rows: a[r], batch)
-                    data._batches.append((part, rows.stop - start))
-        return data
 
-    def _empty(self):
+        Raises:
+            TypeError: if the batches are a data set's.
+        """
+        if not isinstance(self._source, list):
+            raise TypeError(
+                "Only arrays can be halved: a data set makes its own batches. "
+                f"Received: x={self._source!r}."
+            )
+        batches = []
+        with backend.on(self.place):
+            if self._source[0][1] == 1:
+                for i in range(0, len(self._source), 2):
+                    pair = [batch for batch, _ in self._source[i : i + 2]]
+                    joined = _map_arrays(lambda *a: ops.concatenate(a), *pair)
+                    batches.append(self._placed(joined, 0, len(pair)))
+            else:
+                for batch, size in self._source:
+                    half = (size + 1) // 2
+                    for start in range(0, size, half):
+                        end = min(start + half, size)
+                        batches.append(self._placed(batch, start, end))
+        return self._of(batches, self.place)
+
+    def _empty(self) -> ValueError:
         return ValueError(
             "The probe data set gives no batch: it is empty, or can be read only "
             f"once. Received: x={self._source!r}."
         )
 
-    def _place(self, batch):
-        x, y, sample_weight = batch
+    def _weighted(self, batch: Batch) -> tuple[Batch, int]:
+        """A batch of arrays with the class weights worked in, and its size."""
         size = _num_samples(batch)
         if self._class_weight is not None:
+            x, y, sample_weight = batch
             weight = _class_weights(y, self._class_weight)
-            sample_weight = weight if sample_weight is None else sample_weight * weight
-        arrays = (x, y, sample_weight)
-        return _map_arrays(lambda a: backend.placed(a, self.device), arrays), size
+            if sample_weight is not None:
+                weight = _map_arrays(lambda w: _product(w, weight), sample_weight)
+            batch = (x, y, weight)
+        return batch, size
+
+    def _placed(self, batch: Batch, start: int, end: int) -> tuple[Batch, int]:
+        """The samples from `start` to `end` in their place, and their number."""
+
+        def placed(a: Any) -> backend.Tensor:
+            # All of it is not sliced: JAX would copy a tensor.
+            part = a if len(a) == end - start else a[start:end]
+            # Frameworks may take over the memory of a NumPy array, and with it whatever
+            # its owner writes there later.
+            part = part if backend.is_tensor(part) else np.array(part)
+            return backend.placed(part, self.place)
+
+        return _map_arrays(placed, batch), end - start
 
 
-def endless_batches(x, *rest):
-    """The batches of a data set one after the other, again and again.
-
-    Args:
-        x: a `tf.data.Dataset`, which may be endless, or a `keras.utils.PyDataset`.
-        *rest: must be empty: a data set brings its targets along.
-
-    Yields:
-        Tuples `(x, y, sample_weight)`.
-
-    Raises:
-        ValueError: if `x` is no data set, or has no batch.
-    """
-    if rest or not _is_data_set(x):
-        raise ValueError(
-            "A fresh batch for each probe needs a data set to take it from: a "
-            "`tf.data.Dataset` or a `keras.utils.PyDataset`. Received: data of type "
-            f"{type(x).__name__}."
-        )
-    return _cycle(x)
-
-
-def _cycle(source):
-    while True:
-        batches = source
-        if isinstance(source, keras.utils.PyDataset):
-            batches = (source[i] for i in range(source.num_batches or 2**31))
-        empty = True
-        for batch in batches:
-            empty = False
-            yield _unpack(batch)
-        if empty:
-            raise ValueError(f"The data set gave no batch. Received: x={source!r}.")
-
-
-def _is_data_set(x):
-    return isinstance(x, keras.utils.PyDataset) or (
-        hasattr(x, "element_spec") and hasattr(x, "cardinality")
-    )
-
-
-def _check_data_set(source, y, sample_weight, batch_size):
-    for name, value in [
-        ("y", y),
-        ("sample_weight", sample_weight),
-        ("batch_size", batch_size),
-    ]:
-        if value is not None:
-            raise ValueError(
-                f"A data set brings its own targets, weights and batches: leave "
-                f"`{name}` out. Received: {name} of type {type(value).__name__} "
-                f"with x of type {type(source).__name__}."
-            )
-    endless = (
-        source.num_batches is None
-        if isinstance(source, keras.utils.PyDataset)
-        else int(source.cardinality()) == -1
-    )
-    if endless:
-        raise ValueError(
-            "The data set never ends, so a pass over it would not either. "
-            f"Received: x={source!r}. Limit it, for instance with `x.take(10)`."
-        )
-
-
-def _check_batch_size(batch_size):
+def _check_batch_size(batch_size: Any) -> Any:
     if batch_size is not None and (
         not isinstance(batch_size, (int, np.integer)) or batch_size < 1
     ):
@@ -253,22 +228,18 @@ def _check_batch_size(batch_size):
     return batch_size
 
 
-def _unpack(batch):
-    return keras.utils.unpack_x_y_sample_weight(tree.lists_to_tuples(batch))
-
-
-def _map_arrays(function, *structures):
+def _map_arrays(function: Callable[..., Any], *structures: Any) -> Any:
     return tree.map_structure(
         lambda *a: None if a[0] is None else function(*a), *structures
     )
 
 
-def _join(*arrays):
-    return ops.concatenate(arrays)
+def _scaled(structure: Any, factor: int) -> Any:
+    return _map_arrays(lambda a: a * factor, structure)
 
 
-def _as_array(a):
-    """Numbers as `fit` would see them: floats in Keras' default float type."""
+def _as_array(a: Any) -> Any:
+    """A tensor of the backend as it is, anything else as a NumPy array of numbers."""
     if backend.is_tensor(a):
         return a
     if isinstance(a, (bool, int, float, complex, str, bytes)):
@@ -277,21 +248,43 @@ def _as_array(a):
             f"`Model.fit`. Received: {a!r} of type {type(a).__name__} in place of an "
             "array. Convert lists of numbers with `numpy.asarray` first."
         )
-    a = np.asarray(a)
-    if a.dtype.kind not in "biufc" and "float" not in a.dtype.name:
+    # NumPy makes something of any object, often an array of objects.
+    array = _on_host(a) if hasattr(a, "__array__") else None
+    if array is None or array.dtype.kind not in "biufc" and not _is_float(array):
+        received = (
+            f"an object of type {type(a).__name__}"
+            if array is None
+            else f"an array of dtype {array.dtype} with shape {array.shape}"
+        )
         raise ValueError(
             "Probe data must be arrays of numbers with rows of equal length. "
-            f"Received: an array of dtype {a.dtype} with shape {a.shape}. Encode "
-            "text and pad rows first; a model that takes strings itself can be "
-            "probed on tensors or a `tf.data.Dataset`."
+            f"Received: {received}. Encode text and pad rows first; on TensorFlow, a "
+            "model that takes strings itself can be probed on tensors or a "
+            "`tf.data.Dataset`."
         )
-    if np.issubdtype(a.dtype, np.floating):
-        return a.astype(keras.config.floatx(), copy=False)
-    return a
+    return array
 
 
-def _num_samples(batch):
-    sizes = {
+def _as_floatx(a: Any) -> Any:
+    """Numbers as `fit` would see them: floats in Keras' default float type."""
+    array = _as_array(a)
+    if not backend.is_tensor(array) and _is_float(array):
+        return array.astype(keras.config.floatx(), copy=False)
+    return array
+
+
+def _is_float(array: np.ndarray[Any, Any]) -> bool:
+    # NumPy does not count bfloat16 among its own.
+    return "float" in array.dtype.name
+
+
+def _on_host(a: Any) -> np.ndarray[Any, Any]:
+    # PyTorch hands over neither what is on an accelerator nor what has a gradient.
+    return np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
+
+
+def _num_samples(batch: Batch) -> int:
+    sizes: set[Any] = {
         a.shape[0] if len(a.shape) else None
         for a in tree.flatten(batch)
         if a is not None
@@ -305,14 +298,14 @@ def _num_samples(batch):
     return int(sizes.pop())
 
 
-def _class_weights(y, class_weight):
+def _class_weights(y: Any, class_weight: dict[int, float]) -> np.ndarray[Any, Any]:
     """Sample weights by class, from integer or one-hot labels, as in `fit`."""
     if y is None or tree.is_nested(y):
         raise ValueError(
             "`class_weight` needs a model with a single output and its labels. "
             f"Received: y of type {type(y).__name__}."
         )
-    labels = np.asarray(y)
+    labels = _on_host(y)
     if labels.ndim > 1:
         labels = labels.argmax(-1) if labels.shape[-1] > 1 else labels.squeeze(-1)
     if labels.ndim > 1:
@@ -322,3 +315,12 @@ def _class_weights(y, class_weight):
         )
     weight = [class_weight.get(int(label), 1.0) for label in np.round(labels)]
     return np.asarray(weight, dtype=keras.config.floatx())
+
+
+def _product(
+    sample_weight: Any, class_weight: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Weights of samples, or of their parts, times one weight for each sample."""
+    weight = _on_host(sample_weight)
+    each = class_weight.reshape(-1, *[1] * (weight.ndim - 1))
+    return np.asarray(weight * each, class_weight.dtype)

@@ -46,7 +46,8 @@ class Evaluation:
 
         Returns:
             A function of `*args`. It returns what `function` returns for the present
-            state, averaged over the batches by their sizes.
+            state, averaged over the batches by their sizes. Its method `traces()`
+            tells how often it was compiled.
         """
         compiled = backend.compiled(function, self.jit_compile)
 
@@ -60,10 +61,11 @@ class Evaluation:
                     on_batch=self.on_batch,
                 )
 
+        mean.traces = compiled.traces  # type: ignore[attr-defined]
         return mean
 
     def at_first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(state, batch, *args)` for the first batch, compiled and run once."""
+        """`function(state, batch, *args)` of the first batch, compiled and run once."""
         with backend.on(self.data.place), backend.twice_differentiable():
             return backend.compiled(function)(
                 self.loss.state(), self.data.first(), *args

@@ -139,9 +139,7 @@ class TrainingLoss:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_random_state_at_rest())
             stack.enter_context(keras_internals.losses_at_rest(self.model))
-            stack.enter_context(
-                keras_internals.twice_differentiable_layers(self.model)
-            )
+            stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
             stack.enter_context(scope)
             if self._loss_fn is not None:
                 extra = () if sample_weight is None else (sample_weight,)
@@ -241,9 +239,9 @@ class FunctionLoss:
         """The scalar value with the values of parameters that a scope holds."""
         del batch
         values = [scope.get_current_value(v) for v in self.variables]
+        if self._native is not None:
+            return _as_scalar(self._native(values))
         with scope:
-            if self._native is not None:
-                return _as_scalar(self._native(values))
             if self._reads:
                 return _as_scalar(self._function())
             return _as_scalar(self._function(self.pack(values)))

@@ -104,7 +104,9 @@ class ExactDiagonal:
         if coupling < threshold:
             places = [use.place for use in structure.uses]
             piecewise = {
-                p for p, size in zip(places, departures, strict=True) if size < threshold
+                p
+                for p, size in zip(places, departures, strict=True)
+                if size < threshold
             }
             num_outputs = structure.num_outputs
         penalized = self._penalized()
@@ -152,9 +154,7 @@ class ExactDiagonal:
             for i, uses in structure.uses_of.items()
         )
         for variables in [{i for i in one if i >= 0} for one in joined]:
-            places = {
-                use.place: use for i in variables for use in structure.uses_of[i]
-            }
+            places = {use.place: use for i in variables for use in structure.uses_of[i]}
             cheapest: float = sum(sizes[i] for i in variables)
             by_outputs = sum(use.size for use in places.values())
             if variables <= sound and by_outputs < cheapest:
@@ -214,7 +214,9 @@ class ExactDiagonal:
             structure, state, batch, bool(taking["gauss_newton"])
         )
         parts = [
-            by_parameters(recording, i) if way == "parameters" else penalty(recording, i)
+            by_parameters(recording, i)
+            if way == "parameters"
+            else penalty(recording, i)
             for i, way in enumerate(ways)
         ]
         found = by_outputs(recording, taking["outputs"])
@@ -278,9 +280,7 @@ def _over_basis(
     others = [i for i in users if i not in pointwise]
 
     def entry(j: Any) -> list[Tensor]:
-        e = ops.reshape(
-            ops.one_hot(j, size, dtype=shift.dtype), (1, *shift.shape[1:])
-        )
+        e = ops.reshape(ops.one_hot(j, size, dtype=shift.dtype), (1, *shift.shape[1:]))
         everywhere = ops.broadcast_to(e, ops.shape(shift))
         u = multiply({place: everywhere})
         parts = [e * u[place]] if pointwise else []

@@ -141,9 +141,7 @@ def departure(recording: LayerRecording, key: Tensor) -> tuple[list[Tensor], Ten
         sum(ops.sum(ops.square(d)) for d in recording.diagonal(w, u))
         for u in (residual, product)
     )
-    noise = ops.where(
-        whole > 0, left / ops.where(whole > 0, whole, 1), float("inf")
-    )
+    noise = ops.where(whole > 0, left / ops.where(whole > 0, whole, 1), float("inf"))
     return [_relative(residual[name], product[name]) for name in probed], noise
 
 

@@ -116,7 +116,9 @@ class GaussNewtonDiagonal:
         for number in range(2):
             half = half_of(math.prod(positions), key, number)
             mask = ops.cast(ops.reshape(half, (1, *positions, 1)), shift.dtype)
-            move = backend.normal(ops.shape(shift), backend.fold_in(key, 5), shift.dtype)
+            move = backend.normal(
+                ops.shape(shift), backend.fold_in(key, 5), shift.dtype
+            )
             product = multiply({name: mask * move})[name]
             leaked = ops.max(ops.abs(product * (1 - mask)))
             whole = ops.max(ops.abs(product))

@@ -177,7 +177,7 @@ def _held(
     """A context in which variables have the held values; see `Met.reassigned`."""
     # Changed within the loss's own scope: a nested one would hide the values of all
     # other variables, and forget losses and updates.
-    scope = keras_internals.current_scope()
+    scope: Any = keras_internals.current_scope()
     mine = [v for v in variables if id(v) in values]
     before = [(v, scope.get_current_value(v)) for v in mine]
     for variable in mine:

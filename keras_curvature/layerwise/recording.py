@@ -39,7 +39,11 @@ class OpenedLoss:
         self._residual = residual
 
     def __call__(
-        self, state: State, held: list[Tensor], shifts: Mapping[Any, Tensor], batch: Batch
+        self,
+        state: State,
+        held: list[Tensor],
+        shifts: Mapping[Any, Tensor],
+        batch: Batch,
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """The loss, and what `Use.paths` and derivatives by the outputs need.
 

@@ -107,7 +107,10 @@ class LayerwiseDiagonal:
     """
 
     def __init__(
-        self, evaluation: Evaluation, groups: Any = "joint", control_variate: bool = False
+        self,
+        evaluation: Evaluation,
+        groups: Any = "joint",
+        control_variate: bool = False,
     ):
         self._structure = evaluation.once(find_structure)
         self._groups = _groups(self._structure, groups)

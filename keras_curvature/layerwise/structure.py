@@ -68,7 +68,9 @@ class Use:
     def taps(self, met: Met) -> dict[Any, Tensor]:
         """The tensors that `paths` needs."""
         leaves = tree.flatten(met.remembered)
-        taps = {(self.place, i): t for i, t in enumerate(leaves) if backend.is_tensor(t)}
+        taps = {
+            (self.place, i): t for i, t in enumerate(leaves) if backend.is_tensor(t)
+        }
         return taps | {(self.place, "output"): met.output}
 
     def paths(self, taps: Mapping[Any, Tensor]) -> list[Any]:
@@ -151,9 +153,7 @@ class Structure:
         gone = {i for u in self.uses if u.place.layer in layers for i in u.variables}
         uses = tuple(u for u in self.uses if u.place.layer not in layers)
         outputs = tuple(
-            Output(number)
-            if isinstance(name, Place) and name.layer in layers
-            else name
+            Output(number) if isinstance(name, Place) and name.layer in layers else name
             for number, name in enumerate(self.outputs)
         )
         direct = tuple(sorted({*self.direct, *gone}))
@@ -225,9 +225,7 @@ class _Survey:
         arguments = len(tree.flatten((state, batch, state.values)))
         # Positions among the flattened arguments of `_run`.
         self._held_at = [arguments - count + i for i in range(count)]
-        self._batch_at = frozenset(
-            range(len(tree.flatten(state)), arguments - count)
-        )
+        self._batch_at = frozenset(range(len(tree.flatten(state)), arguments - count))
         self._origins = outline.origins
         self._complete(outline)
 
@@ -289,9 +287,7 @@ class _Survey:
             for number, (layer, rule) in self._layers.items()
             if any(self._number.get(id(v)) in unsound for v in rule.variables(layer))
         }
-        uses = tuple(
-            u for place, u in self._uses.items() if place.layer not in dropped
-        )
+        uses = tuple(u for place, u in self._uses.items() if place.layer not in dropped)
         covered = {i for use in uses for i in use.variables}
         acting = self._acting_directly()
         direct = tuple(
@@ -308,15 +304,11 @@ class _Survey:
             self._uses[name].output if isinstance(name, Place) else shape
             for name, shape in zip(outputs, self._shapes, strict=True)
         )
-        return Structure(
-            self._loss, uses, direct, outputs, shapes, self._signature
-        )
+        return Structure(self._loss, uses, direct, outputs, shapes, self._signature)
 
     def _acting_directly(self) -> set[int]:
         """Variables that reach the loss in other ways than through the places."""
-        return {
-            i for i in range(len(self._held_at)) if i in self._origins["loss"]
-        }
+        return {i for i in range(len(self._held_at)) if i in self._origins["loss"]}
 
     def _unsound(self) -> set[int]:
         """Variables for which the formula over layer outputs does not hold."""
@@ -415,4 +407,3 @@ class _Survey:
         if leads_elsewhere or len(calls) != sum(returned):
             return Output(number)
         return place
-

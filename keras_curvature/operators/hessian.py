@@ -213,6 +213,11 @@ class HessianOperator:
         return self.evaluation.loss.layout.sizes
 
     @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each variable."""
+        return list(self.evaluation.loss.layout.shapes)
+
+    @property
     def place(self) -> Any:
         """Where the variables live and the work is done: for `backend.on`."""
         return backend.place_of(self.variables[0])
@@ -263,11 +268,10 @@ class HessianOperator:
         """`H V` for a tensor of shape (P, k), a few columns a pass."""
         block = backend.array(block, self.dtype.name)
         count = int(block.shape[1])
-        results, start = [], 0
+        results, start, most = [], 0, backend.PRODUCTS_PER_PASS
         while start < count:
             # Full groups and single products: two signatures, whatever the count.
-            left = count - start
-            width = backend.PRODUCTS_PER_PASS if left >= backend.PRODUCTS_PER_PASS else 1
+            width = most if count - start >= most else 1
             results.append(self._products(block[:, start : start + width]))
             start += width
         if len(results) == 1:
@@ -293,15 +297,12 @@ class HessianOperator:
             at = of_values(loss, state.others, batch)
             return list(backend.gradient(at, dict(enumerate(values)))[2].values())
 
-        products = [
-            difference_product(
-                gradient_at,
-                backend.values(state.values),
-                list(layout.parted(columns[:, i]).values()),
-            )
-            for i in range(columns.shape[1])
-        ]
-        return ops.stack([layout.joined(p) for p in products], axis=1)
+        def product(i: Any) -> Tensor:
+            direction = list(layout.parted(rows[i]).values())
+            return layout.joined(difference_product(gradient_at, values, direction))
+
+        values, rows = backend.values(state.values), ops.transpose(columns)
+        return ops.transpose(backend.loop_range(product, ops.shape(rows)[0]))
 
     def _gradient(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         at = of_values(self.evaluation.loss, state.others, batch)

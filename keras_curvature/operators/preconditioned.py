@@ -1,5 +1,9 @@
 """An operator seen through a diagonal preconditioner."""
 
+from typing import Any
+
+from keras_curvature.backend import Tensor
+
 
 class PreconditionedOperator:
     """`D^{-1/2} H D^{-1/2}` for a symmetric operator H and a positive diagonal D.
@@ -13,13 +17,13 @@ class PreconditionedOperator:
         diagonal: tensor `(P,)`, positive.
     """
 
-    def __init__(self, operator, diagonal):
+    def __init__(self, operator: Any, diagonal: Tensor):
         self._operator = operator
         self._scale = diagonal**-0.5
         self.shape = operator.shape
         self.dtype = operator.dtype
-        self.device = getattr(operator, "device", "")
+        self.place = getattr(operator, "place", None)
 
-    def __matmul__(self, v):
+    def __matmul__(self, v: Tensor) -> Tensor:
         scale = self._scale if len(v.shape) == 1 else self._scale[:, None]
         return scale * (self._operator @ (scale * v))

@@ -7,7 +7,11 @@ import keras
 from keras import ops
 
 from keras_curvature.layerwise.rules.paths import Elementwise
-from keras_curvature.layerwise.rules.rule import LayerRule, register_layer_rule, sum_to_axes
+from keras_curvature.layerwise.rules.rule import (
+    LayerRule,
+    register_layer_rule,
+    sum_to_axes,
+)
 
 
 @register_layer_rule(keras.layers.BatchNormalization)

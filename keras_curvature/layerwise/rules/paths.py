@@ -74,9 +74,7 @@ class OuterProduct:
                 return ops.matmul(squares, ops.transpose((v * u)[:, 0], (1, 0, 2)))
             return ops.sum(self._outer(rows, v) * self._outer(rows, u), axis=0)
 
-        total = backend.sum_chunks(
-            of_chunk, [self.inputs, v, u], self._chunk_size(v)
-        )
+        total = backend.sum_chunks(of_chunk, [self.inputs, v, u], self._chunk_size(v))
         return self._arrange(total)
 
     def pointwise(self, shape):

@@ -60,7 +60,9 @@ class LayerRule:
         if getattr(layer, "activation", None) is None:
             return shift(call(inputs, *args, **kwargs), inputs)
         activation = layer.activation
-        with keras_internals.replaced(layer, "activation", lambda z: activation(shift(z, inputs))):
+        with keras_internals.replaced(
+            layer, "activation", lambda z: activation(shift(z, inputs))
+        ):
             return call(inputs, *args, **kwargs)
 
     def paths(self, layer, inputs, z):
