@@ -4,15 +4,20 @@ All values of a step go into one `Summary` message, so that a probe costs one wr
 however many layers there are.
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import types_pb2
 from tensorboard.compat.proto.summary_pb2 import (
     DATA_CLASS_TENSOR,
     Summary,
     SummaryMetadata,
 )
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
@@ -27,11 +32,14 @@ Value: TypeAlias = Summary.Value
 
 def scalar(tag: str, value: float, description: str | None = None) -> Value:
     """One number."""
-    return _value(
-        tag,
-        np.asarray(value, "float32"),
-        scalar_metadata.create_summary_metadata(None, description),
+    # What `make_tensor_proto` gives, ten times as fast: a probe has hundreds of these.
+    tensor = TensorProto(
+        dtype=types_pb2.DT_FLOAT,
+        tensor_shape=TensorShapeProto(),
+        float_val=[float(value)],
     )
+    metadata = scalar_metadata.create_summary_metadata(None, description)
+    return Value(tag=tag, metadata=metadata, tensor=tensor)
 
 
 def histogram(
@@ -71,13 +79,21 @@ def histogram(
     )
 
 
-def image(
-    tag: str, png: bytes, width: int, height: int, description: str | None = None
-) -> Value:
-    """One image, encoded as PNG."""
+def image(tag: str, pixels: np.ndarray, description: str | None = None) -> Value:
+    """One image.
+
+    Args:
+        tag: The tag.
+        pixels: Red, green and blue, uint8 of shape `(height, width, 3)`.
+        description: What the image's information mark shows.
+    """
+    height, width, _ = pixels.shape
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    parts = [str(width).encode(), str(height).encode(), png.getvalue()]
     return _value(
         tag,
-        np.array([str(width).encode(), str(height).encode(), png], dtype=object),
+        np.array(parts, dtype=object),
         image_metadata.create_summary_metadata(None, description),
     )
 
