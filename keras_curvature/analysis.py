@@ -116,7 +116,7 @@ def hessian_diagonal(
     """
     operator = operator_for(model, x, y, options)
     with Progress(operator.evaluation, verbose) as progress:
-        estimate = diagonal_moments(
+        moments = diagonal_moments(
             operator,
             method,
             num_matvecs,
@@ -126,12 +126,14 @@ def hessian_diagonal(
             progress,
             groups=groups,
             control_variate=control_variate,
-        ).diagonal
-    return dataclasses.replace(
+        )
+    estimate: Any = moments.diagonal
+    result: Estimate = dataclasses.replace(
         estimate,
         value=_as_arrays(operator, estimate.value),
         standard_error=_as_arrays(operator, estimate.standard_error),
     )
+    return result
 
 
 def diagonal_moments(
@@ -484,11 +486,11 @@ def _deflated(
     budget = estimators.check_budget(num_matvecs, tolerance)
     first = budget if tolerance is None else min(24, budget)
     for figures, spent in subspace_looks(operator, first, budget, seed, progress):
-        estimate: Estimate = getattr(figures, name)
+        estimate = dataclasses.replace(getattr(figures, name), num_matvecs=spent)
         error = estimate.relative_standard_error
         if tolerance is not None and error is not None and error <= tolerance:
             break
-    return dataclasses.replace(estimate, num_matvecs=spent)
+    return estimate
 
 
 def subspace_looks(
@@ -514,13 +516,10 @@ def subspace_looks(
     """
     subspace, spent, width = estimators.DominantSubspace(), 0, first
     while not spent or (width >= 2 and not progress.stopped):
+        told = functools.partial(_told, progress, spent, budget)
         try:
             figures = subspace.update(
-                operator,
-                width,
-                seed,
-                operator.sizes,
-                progress=lambda done, _, before=spent: progress(before + done, budget),
+                operator, width, seed, operator.sizes, progress=told
             )
         except KeyboardInterrupt:
             if not (spent and progress.stopped):
@@ -531,6 +530,11 @@ def subspace_looks(
         if figures.num_matvecs < width:
             return  # Stopped, or exact.
         width = min(2 * width, budget - spent)
+
+
+def _told(progress: Progress, before: int, budget: int, done: int, _: Any) -> bool:
+    """Tells of products after others."""
+    return progress(before + done, budget)
 
 
 def _check_affordable(cost: int, max_matvecs: int, alternative: str) -> None:

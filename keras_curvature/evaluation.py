@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from keras_curvature import backend
-from keras_curvature.backend import Tensor
+from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data import ProbeData
 from keras_curvature.loss import Loss, State
 
@@ -92,6 +92,6 @@ class Evaluation:
 
 def of_values(
     loss: Loss, others: list[Tensor], batch: Any
-) -> Callable[[dict[int, Tensor]], tuple[Tensor, dict[Any, Tensor]]]:
+) -> Callable[[Direction], tuple[Tensor, dict[Any, Tensor]]]:
     """A loss as a function of the values of its variables, by number."""
     return lambda point: (loss(State(list(point.values()), others), batch), {})

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from keras_curvature import backend, keras_internals
-from keras_curvature.backend import Findings, Tensor
+from keras_curvature.backend import Direction, Findings, Tensor
 from keras_curvature.parameters import Layout
 
 #: `(x, y, sample_weight)`, nested structures of tensors; `None` for what is missing.
@@ -291,7 +291,7 @@ def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...]]:
     """
     read: list[Any] = []
 
-    def of_point(point: dict[int, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+    def of_point(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
         scope = _NotingScope(collect_losses=True)
         _give(scope, loss.variables, list(point.values()))
         value = loss.evaluate(scope, batch)
@@ -311,7 +311,7 @@ def _state(variables: Sequence[Any], others: Sequence[Any]) -> State:
     return State(values, backend.values(others))
 
 
-class _NotingScope(keras.StatelessScope):
+class _NotingScope(keras.StatelessScope):  # type: ignore[misc]
     """A scope that notes which variables are read that it has no value for."""
 
     def __init__(self, **arguments: Any):

@@ -10,6 +10,7 @@ import keras
 
 from keras_curvature.backend.contract import (
     Caveat,
+    Direction,
     Findings,
     NotTwiceDifferentiable,
     Outline,
@@ -65,6 +66,7 @@ wide_float = _backend.wide_float
 __all__ = [
     "PRODUCTS_PER_PASS",
     "Caveat",
+    "Direction",
     "Findings",
     "NotTwiceDifferentiable",
     "Outline",

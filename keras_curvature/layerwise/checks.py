@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_curvature import backend
-from keras_curvature.backend import Tensor
+from keras_curvature.backend import Direction, Tensor
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.opened import Met, Place, run_opened
 from keras_curvature.layerwise.recording import LayerRecording
@@ -135,7 +135,7 @@ def jacobian_errors(
     uses = {use.place: use for use in structure.uses}
     numbers = structure.numbers
 
-    def pairing(point: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    def pairing(point: Direction) -> tuple[Tensor, dict[int, Tensor]]:
         held = [point.get(i, value) for i, value in enumerate(state.values)]
         pairings: list[Tensor] = []
         carried: dict[int, Tensor] = {}

@@ -309,7 +309,7 @@ def _over_basis(
 def _elements(uses: list[tuple[Any, Place]], samples: int | None) -> int:
     """Size of what a variable with these uses builds for one basis vector."""
     path = uses[0][0]
-    size = math.prod(path.variable.shape)
+    size: int = math.prod(path.variable.shape)
     whole = len(uses) > 1 or getattr(path, "copies", False)
     if not whole:
         return size

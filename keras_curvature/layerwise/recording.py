@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_curvature import backend
-from keras_curvature.backend import Tensor
+from keras_curvature.backend import Direction, Tensor
 from keras_curvature.layerwise.opened import Given, Met, Output, Place, run_opened
 from keras_curvature.layerwise.rules import stacked_products
 from keras_curvature.layerwise.structure import (
@@ -91,7 +91,8 @@ class OpenedLoss:
         """A zero shift for every place and output, for a batch of any shape."""
         structure = self.structure
         own = [name for name in self._outputs if isinstance(name, Output)]
-        shapes = {name: structure.shapes[name] for name in [*self._uses, *own]}
+        names: list[Place | Output] = [*self._uses, *own]
+        shapes = {name: structure.shapes[name] for name in names}
         known = all(None not in s.shape[1:] for s in shapes.values())
         if known and signature(batch) == structure.signature:
             rows = num_samples(batch)
@@ -150,7 +151,7 @@ class LayerRecording:
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
         self.point |= opened.zeros(state, batch)
 
-        def loss(point: dict[Name, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        def loss(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
             values = [point.get(i, value) for i, value in enumerate(state.values)]
             at = State(values, state.others)
             return opened(at, state.values, point, batch)

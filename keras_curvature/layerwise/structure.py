@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 from keras import ops, tree
 
 from keras_curvature import backend, keras_internals
-from keras_curvature.backend import Outline, Shape, Tensor
+from keras_curvature.backend import Direction, Outline, Shape, Tensor
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.opened import (
     Given,
@@ -124,10 +124,8 @@ class Structure:
         """A number for each name, by which random directions differ."""
         own = [name for name in self.outputs if isinstance(name, Output)]
         first = len(self.loss.variables)
-        names = [*(use.place for use in self.uses), *own]
-        return {i: i for i in range(first)} | {
-            name: first + k for k, name in enumerate(names)
-        }
+        names: list[Name] = [*range(first), *(use.place for use in self.uses), *own]
+        return {name: number for number, name in enumerate(names)}
 
     @functools.cached_property
     def shapes(self) -> dict[Place | Output, Shape]:
@@ -356,7 +354,7 @@ class _Survey:
             return set()
 
         def gradient(state: State, batch: Batch, held: list[Tensor]) -> list[Tensor]:
-            def loss(point: dict[int, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+            def loss(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
                 values = [point.get(i, v) for i, v in enumerate(state.values)]
                 return run_opened(
                     self._loss,
@@ -379,7 +377,7 @@ class _Survey:
         }
 
     def _output(self, number: int, given: Given, dropped: set[int]) -> Place | Output:
-        """The shift at an output: the layer's own if it leads there and nowhere else."""
+        """The shift at an output: the layer's own if it leads there and only there."""
         place = given.places[-1] if given.places else None
         if place is None or place.layer in dropped or not given.alone:
             return Output(number)

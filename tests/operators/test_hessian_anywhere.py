@@ -196,6 +196,20 @@ def test_loss_fn_and_variables_outside_of_the_model():
     close(op @ v, 3 * first, 1e-5)
 
 
+def test_moving_averages_are_not_frozen_in():
+    """Values that only a layer's rule reads belong to the state as well."""
+    model = cases.sequential(
+        layers.Input((3,)), layers.Dense(4), layers.BatchNormalization()
+    )
+    x, y = cases._numbers(6, 3), cases._numbers(6, 4, seed=1)
+    op = HessianOperator(model, x, y)
+    kc.hessian_diagonal(op, method="exact")
+    mean = model.layers[1].moving_mean
+    mean.assign(5 + numpy_of(mean))
+    moved = kc.hessian_diagonal(op, method="exact")
+    close(op.flatten(moved.value), np.diag(op.to_dense()))
+
+
 def test_nothing_is_left_behind():
     model = cases.sequential(
         layers.Input((3,)),

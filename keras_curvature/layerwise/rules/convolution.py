@@ -4,9 +4,13 @@ Once the patches are written out, a convolution is a dense layer that is used at
 output position. Written for any number of spatial dimensions.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
 import keras
 from keras import ops
 
+from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.rules.paths import OuterProduct
 from keras_curvature.layerwise.rules.rule import (
     LayerRule,
@@ -15,8 +19,17 @@ from keras_curvature.layerwise.rules.rule import (
     register_layer_rule,
 )
 
+#: Kernel size, strides and dilation in each spatial dimension, and padding.
+_Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], str]
 
-def patches(x, kernel_size, strides, dilation, padding):
+
+def patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    padding: str,
+) -> Tensor:
     """The inputs under the kernel at every output position.
 
     Args:
@@ -60,50 +73,53 @@ def patches(x, kernel_size, strides, dilation, padding):
     return ops.reshape(stacked, (n, _product(counts), len(taken), channels))
 
 
-def _strided(x, axis, start, count, stride):
-    index = [slice(None)] * len(x.shape)
+def _strided(x: Tensor, axis: int, start: int, count: Any, stride: int) -> Tensor:
+    index: list[Any] = [slice(None)] * len(x.shape)
     index[axis] = slice(start, start + (count - 1) * stride + 1, stride)
     return x[tuple(index)]
 
 
-def _at_least_zero(n):
+def _at_least_zero(n: Any) -> Any:
     return max(n, 0) if isinstance(n, int) else ops.maximum(n, 0)
 
 
-def _product(sizes):
-    total = 1
+def _product(sizes: Sequence[Any]) -> Any:
+    total: Any = 1
     for size in sizes:
         total = total * size
     return total
 
 
-def _channels_last(layer, x):
+def _channels_last(layer: Any, x: Tensor) -> Tensor:
     return ops.moveaxis(x, 1, -1) if layer.data_format == "channels_first" else x
 
 
-def _bias(layer):
+def _bias(layer: Any) -> list[Any]:
     return bias_path(layer, 1 if layer.data_format == "channels_first" else -1)
 
 
-def _geometry(layer):
+def _geometry(layer: Any) -> _Geometry:
     return layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding
 
 
-def _kernel_path(layer, kernel, inputs, geometry, groups):
+def _kernel_path(
+    layer: Any, kernel: Any, inputs: Tensor, geometry: _Geometry, groups: int
+) -> OuterProduct:
     """The path to a kernel `(*kernel_size, I, O)` whose groups split the channels."""
 
-    def rows(x):
+    def rows(x: Tensor) -> Tensor:
         p = patches(_channels_last(layer, x), *geometry)
         n, t, k, c = ops.shape(p)[0], p.shape[1], p.shape[2], p.shape[3]
         p = ops.reshape(p, (n, -1 if t is None else t, k, groups, c // groups))
         p = ops.transpose(p, (0, 1, 3, 2, 4))
         return ops.reshape(p, (n, -1 if t is None else t, groups, k * (c // groups)))
 
-    def columns(v):
+    def columns(v: Tensor) -> Tensor:
         return _pixels(layer, v, groups)
 
-    def arrange(products):
-        # (..., G, K·I, O/G) to (..., *kernel_size, I, O), groups outermost in O.
+    def arrange(products: Tensor) -> Tensor:
+        # (..., G, K·I, O/G) to (..., *kernel_size, I, O), groups outermost in O. The
+        # groups of a depthwise kernel (*kernel_size, C, M) are its C.
         lead = list(ops.shape(products)[:-3])
         moved = ops.moveaxis(products, -3, -2)
         return ops.reshape(moved, lead + list(kernel.shape))
@@ -111,10 +127,10 @@ def _kernel_path(layer, kernel, inputs, geometry, groups):
     return OuterProduct(kernel, inputs, rows, columns, arrange)
 
 
-def _pixels(layer, v, groups):
+def _pixels(layer: Any, v: Tensor, groups: int) -> Tensor:
     """`(N, *spatial, C)` as `(N, T, groups, C / groups)`."""
     v = _channels_last(layer, v)
-    positions = 1
+    positions: Any = 1
     for size in v.shape[1:-1]:
         positions = -1 if size is None or positions == -1 else positions * size
     channels = v.shape[-1]
@@ -127,11 +143,11 @@ def _pixels(layer, v, groups):
 class ConvRule(LayerRule):
     """Strides, dilation, any padding, groups, both data formats."""
 
-    def supports(self, layer):
+    def supports(self, layer: Any) -> bool:
         """Whether the kernel is one plain variable."""
         return not has_adapters(layer)
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel and bias."""
         kernel = _kernel_path(
             layer, layer.kernel, inputs, _geometry(layer), layer.groups
@@ -144,23 +160,14 @@ class ConvRule(LayerRule):
 class DepthwiseConvRule(LayerRule):
     """One group per input channel."""
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel and bias."""
         return [_depthwise_path(layer, layer.kernel, inputs), *_bias(layer)]
 
 
-def _depthwise_path(layer, kernel, inputs):
+def _depthwise_path(layer: Any, kernel: Any, inputs: Tensor) -> OuterProduct:
     """The path to a kernel `(*kernel_size, C, multiplier)`."""
-    channels = kernel.shape[-2]
-    path_rows = _kernel_path(layer, kernel, inputs, _geometry(layer), channels)
-
-    def arrange(products):
-        # (..., C, K, M) to (..., *kernel_size, C, M).
-        lead = list(ops.shape(products)[:-3])
-        moved = ops.moveaxis(products, -3, -2)
-        return ops.reshape(moved, lead + list(kernel.shape))
-
-    return OuterProduct(kernel, inputs, path_rows._rows, path_rows._columns, arrange)
+    return _kernel_path(layer, kernel, inputs, _geometry(layer), kernel.shape[-2])
 
 
 @register_layer_rule(keras.layers.SeparableConv1D)
@@ -168,7 +175,15 @@ def _depthwise_path(layer, kernel, inputs):
 class SeparableConvRule(LayerRule):
     """Two linear outputs: of the depthwise, then of the pointwise convolution."""
 
-    def call(self, layer, call, shift, inputs, *args, **kwargs):
+    def call(
+        self,
+        layer: Any,
+        call: Callable[..., Any],
+        shift: Callable[[Tensor, Any], Tensor],
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Both convolutions in turn, each with its shift."""
         z = ops.depthwise_conv(
             inputs,
@@ -189,7 +204,7 @@ class SeparableConvRule(LayerRule):
         out = shift(out, ("pointwise", z))
         return out if layer.activation is None else layer.activation(out)
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """The depthwise kernel, or the pointwise kernel and the bias."""
         part, inputs = inputs
         if part == "depthwise":
@@ -207,20 +222,20 @@ class SeparableConvRule(LayerRule):
 class ConvTransposeRule(LayerRule):
     """A convolution with the roles of inputs and outputs exchanged."""
 
-    def supports(self, layer):
+    def supports(self, layer: Any) -> bool:
         """Whether the kernel is one plain variable."""
         return not has_adapters(layer)
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel `(*kernel_size, O, I)` and bias."""
         geometry = _geometry(layer)
 
-        def columns(v):
+        def columns(v: Tensor) -> Tensor:
             p = patches(_channels_last(layer, v), *geometry)
             n, t, k, c = ops.shape(p)[0], p.shape[1], p.shape[2], p.shape[3]
             return ops.reshape(p, (n, -1 if t is None else t, 1, k * c))
 
-        def arrange(products):
+        def arrange(products: Tensor) -> Tensor:
             # (..., 1, I, K·O) to (..., *kernel_size, O, I).
             moved = ops.moveaxis(products[..., 0, :, :], -2, -1)
             lead = list(ops.shape(products)[:-3])

@@ -2,10 +2,12 @@
 
 import math
 import string
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.rules.paths import Elementwise, OuterProduct
 from keras_curvature.layerwise.rules.rule import (
     LayerRule,
@@ -26,7 +28,7 @@ class EinsumDenseRule(LayerRule):
     | kernel, output | a unit |
     """
 
-    def supports(self, layer):
+    def supports(self, layer: Any) -> bool:
         """Whether every index of the kernel has one of these roles."""
         if has_adapters(layer):
             return False
@@ -38,7 +40,7 @@ class EinsumDenseRule(LayerRule):
             and set(a) <= set(w) | set(z)
         )
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel and bias."""
         a, w, out = _indices(layer, len(inputs.shape))
         groups = [i for i in w if i in a and i in out]
@@ -47,7 +49,7 @@ class EinsumDenseRule(LayerRule):
         positions = [i for i in out[1:] if i not in w]
         size = dict(zip(w, layer.kernel.shape, strict=True))
 
-        def arrange(products):
+        def arrange(products: Tensor) -> Tensor:
             lead = list(ops.shape(products)[:-3])
             order = groups + rows + columns
             tensor = ops.reshape(products, lead + [size[i] for i in order])
@@ -69,7 +71,7 @@ class EinsumDenseRule(LayerRule):
         return [kernel, bias]
 
 
-def _indices(layer, rank=None):
+def _indices(layer: Any, rank: int | None = None) -> tuple[str, ...]:
     """The indices of inputs, kernel and output, an ellipsis spelled out."""
     left, output = layer.equation.replace(" ", "").split("->")
     inputs, kernel = left.split(",")
@@ -79,13 +81,15 @@ def _indices(layer, rank=None):
     return tuple(part.replace("...", extra) for part in (inputs, kernel, output))
 
 
-def _grouped(x, indices, positions, groups, last):
+def _grouped(
+    x: Tensor, indices: str, positions: list[str], groups: list[str], last: list[str]
+) -> Tensor:
     """A tensor as (N, T, G, F), its axes named by `indices`."""
     order = [indices[0], *positions, *groups, *last]
     x = ops.transpose(x, [indices.index(i) for i in order])
     sizes = dict(zip(order, x.shape, strict=True))
 
-    def product(names):
+    def product(names: list[str]) -> int:
         known = [sizes[name] for name in names]
         return -1 if None in known else math.prod(known)
 
@@ -94,7 +98,7 @@ def _grouped(x, indices, positions, groups, last):
     )
 
 
-def _sum_to_shape(v, shape, layer):
+def _sum_to_shape(v: Tensor, shape: tuple[int, ...], layer: Any) -> Tensor:
     """Sums output directions over the axes along which the bias is broadcast."""
     axes = tuple(
         i for i, size in enumerate(shape) if i > 0 and size == 1 and v.shape[i] != 1

@@ -3,9 +3,13 @@
 The normalized input `x̂` is what the layer itself returns for γ = 1 and β = 0.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.rules.paths import Elementwise
 from keras_curvature.layerwise.rules.rule import (
     LayerRule,
@@ -25,21 +29,32 @@ class NormalizationRule(LayerRule):
     samples, which is noticed elsewhere.
     """
 
-    def call(self, layer, call, shift, inputs, *args, **kwargs):
+    def call(
+        self,
+        layer: Any,
+        call: Callable[..., Any],
+        shift: Callable[[Tensor, Any], Tensor],
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """The layer's output with its shift, remembering the normalized input."""
         scale, offset = _scale_and_offset(layer)
         z = call(inputs, *args, **kwargs)
-        # A scope of its own forgets what a second call updates. Values that it lacks
-        # are those of the variables themselves.
+        # A scope of its own forgets what a second call updates. It starts from the
+        # values of the present one (moving averages).
+        values = [(v, v.value) for v in layer.variables]
         with keras.StatelessScope() as plain:
-            if scale is not None:
-                plain.add_update((scale, ops.ones_like(scale)))
-            if offset is not None:
-                plain.add_update((offset, ops.zeros_like(offset)))
+            for variable, value in values:
+                if variable is scale:
+                    value = ops.ones(variable.shape, variable.dtype)
+                if variable is offset:
+                    value = ops.zeros(variable.shape, variable.dtype)
+                plain.add_update((variable, value))
             normalized = ops.stop_gradient(call(inputs, *args, **kwargs))
         return shift(z, normalized)
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Scale and offset."""
         axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
         scale, offset = _scale_and_offset(layer)
@@ -51,7 +66,7 @@ class NormalizationRule(LayerRule):
         return paths
 
 
-def _scale_and_offset(layer):
+def _scale_and_offset(layer: Any) -> tuple[Any, Any]:
     scale = getattr(layer, "gamma", None)
     if isinstance(layer, keras.layers.RMSNormalization):
         scale = layer.scale

@@ -15,10 +15,13 @@ layer received, or `None`), or its rows for some of the samples.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.backend import Tensor
 
 #: Upper bound for the elements of a per-sample intermediate (64 MiB in float32).
 CHUNK_ELEMENTS = 2**24
@@ -42,7 +45,15 @@ class OuterProduct:
             convolution) instead of rearranging them.
     """
 
-    def __init__(self, variable, inputs, rows, columns, arrange, copies=False):
+    def __init__(
+        self,
+        variable: Any,
+        inputs: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        columns: Callable[[Tensor], Tensor],
+        arrange: Callable[[Tensor], Tensor],
+        copies: bool = False,
+    ):
         self.variable = variable
         self.inputs = inputs
         self.copies = copies
@@ -50,7 +61,7 @@ class OuterProduct:
         self._columns = columns
         self._arrange = arrange
 
-    def _outer(self, rows, columns):
+    def _outer(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`Σ_t a_t ⊗ v_t`, shape (N, G, I, O)."""
         if 1 in (rows.shape[-1], columns.shape[-1]):
             # Depthwise: a batched product of thin matrices would crawl.
@@ -59,14 +70,14 @@ class OuterProduct:
         columns = ops.transpose(columns, (0, 2, 1, 3))
         return ops.matmul(rows, columns)
 
-    def per_sample(self, inputs, v):
+    def per_sample(self, inputs: Tensor, v: Tensor) -> Tensor:
         """`J_nᵀ v_n` for every sample."""
         return self._arrange(self._outer(self._rows(inputs), self._columns(v)))
 
-    def products(self, v, u):
+    def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
 
-        def of_chunk(inputs, v, u):
+        def of_chunk(inputs: Tensor, v: Tensor, u: Tensor) -> Tensor:
             rows, v, u = self._rows(inputs), self._columns(v), self._columns(u)
             if rows.shape[1] == 1:
                 # One position: (a ⊗ v) ⊙ (a ⊗ u) = a² ⊗ (v ⊙ u), one matmul.
@@ -77,12 +88,12 @@ class OuterProduct:
         total = backend.sum_chunks(of_chunk, [self.inputs, v, u], self._chunk_size(v))
         return self._arrange(total)
 
-    def pointwise(self, shape):
+    def pointwise(self, shape: Sequence[int]) -> bool:
         """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
         del shape
-        return self._rows(self.inputs[:1]).shape[1] == 1
+        return bool(self._rows(self.inputs[:1]).shape[1] == 1)
 
-    def basis_product(self, e, u):
+    def basis_product(self, e: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
         if self.copies:
             return self.products(ops.broadcast_to(e, ops.shape(u)), u)
@@ -97,16 +108,17 @@ class OuterProduct:
         product = ops.sum(left * right, axis=0)  # (G, I)
         return self._arrange(product[:, :, None] * unit[:, None, :])
 
-    def _chunk_size(self, v):
+    def _chunk_size(self, v: Tensor) -> int:
         rows = self._rows(self.inputs[:1]).shape
         columns = self._columns(v[:1]).shape
         if rows[1] == 1:
-            return v.shape[0] or CHUNK_ELEMENTS
+            return int(v.shape[0] or CHUNK_ELEMENTS)
         if None in rows[1:] or None in columns[1:]:
             return 1
         positions, groups, i = rows[1:]
         o = columns[-1]
-        return max(1, CHUNK_ELEMENTS // (groups * (i * o + positions * (i + o))))
+        elements = groups * (i * o + positions * (i + o))
+        return int(max(1, CHUNK_ELEMENTS // elements))
 
 
 class Elementwise:
@@ -119,25 +131,30 @@ class Elementwise:
             which a sample uses the same entry: to `(N, *variable.shape)`.
     """
 
-    def __init__(self, variable, factor, reduce):
+    def __init__(
+        self,
+        variable: Any,
+        factor: Tensor | None,
+        reduce: Callable[[Tensor], Tensor],
+    ):
         self.variable = variable
         self.inputs = factor
         self._reduce = reduce
 
-    def per_sample(self, inputs, v):
+    def per_sample(self, inputs: Tensor, v: Tensor) -> Tensor:
         """`J_nᵀ v_n` for every sample."""
         return self._reduce(v if inputs is None else inputs * v)
 
-    def products(self, v, u):
+    def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
         factor = self.inputs
         return ops.sum(self.per_sample(factor, v) * self.per_sample(factor, u), axis=0)
 
-    def pointwise(self, shape):
+    def pointwise(self, shape: Sequence[int]) -> bool:
         """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
-        return math.prod(shape[1:]) == math.prod(self.variable.shape)
+        return bool(math.prod(shape[1:]) == math.prod(self.variable.shape))
 
-    def basis_product(self, e, u):
+    def basis_product(self, e: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
         return self.products(e, u)
 
@@ -153,19 +170,19 @@ class Lookup:
         indices: integer tensor, samples first, any shape.
     """
 
-    def __init__(self, variable, indices):
+    def __init__(self, variable: Any, indices: Tensor):
         self.variable = variable
         self.inputs = _positions(indices, 0)
 
-    def per_sample(self, inputs, v):
+    def per_sample(self, inputs: Tensor, v: Tensor) -> Tensor:
         """`J_nᵀ v_n` for every sample; as large as the table for each of them."""
         one_hot = ops.one_hot(inputs, self.variable.shape[0], dtype=v.dtype)
         return ops.matmul(ops.transpose(one_hot, (0, 2, 1)), _positions(v, 1))
 
-    def products(self, v, u):
+    def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
 
-        def of_chunk(indices, v, u):
+        def of_chunk(indices: Tensor, v: Tensor, u: Tensor) -> Tensor:
             same = ops.equal(indices[:, :, None], indices[:, None, :])
             gathered = ops.matmul(ops.cast(same, u.dtype), u)
             features = v.shape[-1]
@@ -183,17 +200,17 @@ class Lookup:
             max(1, chunk),
         )
 
-    def pointwise(self, shape):
+    def pointwise(self, shape: Sequence[int]) -> bool:
         """Whether products of outputs of this shape depend on `v ⊙ u` alone."""
         del shape
-        return self.inputs.shape[1] == 1
+        return bool(self.inputs.shape[1] == 1)
 
-    def basis_product(self, e, u):
+    def basis_product(self, e: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ e_n) ⊙ (J_nᵀ u_n)` for a unit vector `(1, *z.shape[1:])`."""
         return self.products(ops.broadcast_to(e, ops.shape(u)), u)
 
 
-def _positions(x, trailing):
+def _positions(x: Tensor, trailing: int) -> Tensor:
     """All axes but the first and the last `trailing` ones flattened into one."""
     shape = ops.shape(x)
     kept = tuple(shape[len(shape) - trailing :])
@@ -206,7 +223,9 @@ def _positions(x, trailing):
     return ops.reshape(x, (shape[0], size, *kept))
 
 
-def stacked_products(paths, vs, us):
+def stacked_products(
+    paths: Sequence[Any], vs: Sequence[Tensor | None], us: Sequence[Tensor]
+) -> Tensor:
     """`Σ_n (Σ_uses J_nᵀ v_n) ⊙ (Σ_uses J_nᵀ u_n)`: a variable with several uses.
 
     Cross terms between the uses are included.
@@ -220,8 +239,8 @@ def stacked_products(paths, vs, us):
         return paths[0].products(vs[0], us[0])
     given = [(path.inputs, v, u) for path, v, u in zip(paths, vs, us, strict=True)]
 
-    def of_chunk(*rows):
-        rows, v_sum, u_sum = iter(rows), 0, 0
+    def of_chunk(*arrays: Tensor) -> Tensor:
+        rows, v_sum, u_sum = iter(arrays), 0, 0
         for path, use in zip(paths, given, strict=True):
             inputs, v, u = (None if a is None else next(rows) for a in use)
             if v is not None:

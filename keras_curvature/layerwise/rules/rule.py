@@ -1,11 +1,15 @@
 """What the package asks of a kind of layer, and the register of the kinds."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from keras import ops
 
 from keras_curvature import keras_internals
+from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.rules.paths import Elementwise
 
-_RULES: dict = {}
+_RULES: dict[type, "LayerRule"] = {}
 
 
 class LayerRule:
@@ -20,7 +24,7 @@ class LayerRule:
     ```python
     @kc.register_layer_rule(MyScale)           # z = inputs * self.scale
     class MyScaleRule(kc.LayerRule):
-        def paths(self, layer, inputs, z):
+        def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
             return [Elementwise(layer.scale, inputs, lambda v: ops.sum(v, axis=1))]
     ```
 
@@ -28,11 +32,11 @@ class LayerRule:
     another way, or samples mix, the package notices and takes another method.
     """
 
-    def supports(self, layer):
+    def supports(self, layer: Any) -> bool:
         """Whether this layer, as configured, is linear in its variables."""
         return True
 
-    def variables(self, layer):
+    def variables(self, layer: Any) -> list[Any]:
         """The variables that `paths` covers: by default the layer's own."""
         inner = {
             id(v)
@@ -41,7 +45,15 @@ class LayerRule:
         }
         return [v for v in layer.trainable_variables if id(v) not in inner]
 
-    def call(self, layer, call, shift, inputs, *args, **kwargs):
+    def call(
+        self,
+        layer: Any,
+        call: Callable[..., Any],
+        shift: Callable[[Tensor, Any], Tensor],
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the layer with its shift. While tracing only.
 
         Args:
@@ -65,7 +77,7 @@ class LayerRule:
         ):
             return call(inputs, *args, **kwargs)
 
-    def paths(self, layer, inputs, z):
+    def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """The paths from one shifted output to the layer's variables.
 
         Args:
@@ -79,7 +91,9 @@ class LayerRule:
         raise NotImplementedError
 
 
-def register_layer_rule(layer_class):
+def register_layer_rule(
+    layer_class: type,
+) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: makes a `LayerRule` responsible for a layer class.
 
     It also serves subclasses that inherit the `call` of `layer_class`.
@@ -91,15 +105,16 @@ def register_layer_rule(layer_class):
         The decorator.
     """
 
-    def register(rule_class):
+    def register(rule_class: type[LayerRule]) -> type[LayerRule]:
         _RULES[layer_class] = rule_class()
         return rule_class
 
     return register
 
 
-def rule_for(layer):
+def rule_for(layer: Any) -> LayerRule | None:
     """The rule for a layer, or `None` where no rule applies."""
+    cls: Any
     for cls in type(layer).__mro__:
         rule = _RULES.get(cls)
         if rule is not None:
@@ -108,7 +123,7 @@ def rule_for(layer):
     return None
 
 
-def has_adapters(layer):
+def has_adapters(layer: Any) -> bool:
     """Whether a layer multiplies its kernel up from parts, or holds it quantized."""
     return bool(
         getattr(layer, "lora_enabled", False)
@@ -116,17 +131,17 @@ def has_adapters(layer):
     )
 
 
-def bias_path(layer, channel_axis=-1):
+def bias_path(layer: Any, channel_axis: int = -1) -> list[Any]:
     """The path to a bias along one axis of the output (as a list)."""
     if getattr(layer, "bias", None) is None:
         return []
     return [Elementwise(layer.bias, None, sum_to_axes([channel_axis]))]
 
 
-def sum_to_axes(axes):
+def sum_to_axes(axes: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """A function that sums `(N, ...)` over all axes but the first and `axes`."""
 
-    def reduce(v):
+    def reduce(v: Tensor) -> Tensor:
         rank = len(v.shape)
         kept = {axis % rank for axis in axes}
         rest = tuple(i for i in range(1, rank) if i not in kept)
