@@ -5,6 +5,7 @@ that the judge shares nothing with what is judged: no operation, and no derivati
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ def numbers(*shape, seed=0):
 def like(x, tensor):
     """An array as a tensor of another one's type; `ops.cast` may round it first."""
     return backend.array(x, keras_backend.standardize_dtype(tensor.dtype))
+
+
+def tanh(x):
+    """By operators alone: `ops.tanh` may round to float32."""
+    return 1 - 2 / (math.e ** (2 * x) + 1)
 
 
 def flat(parts):
@@ -136,7 +142,7 @@ def tanh_net():
     x, y = numbers(4, 2, seed=3), numbers(4, 2, seed=4)
 
     def recorded(p):
-        hidden = ops.tanh(like(x, p["bias"]) @ p["kernel"] + p["bias"])
+        hidden = tanh(like(x, p["bias"]) @ p["kernel"] + p["bias"])
         error = hidden @ p["out", 1] - like(y, p["bias"])
         return ops.sum(error**2) / 8, {"hidden": hidden, ("error", 0): error}
 
@@ -155,7 +161,7 @@ def gather():
 
     def recorded(p):
         rows = ops.take(p["table"], ids, axis=0)
-        return ops.sum(ops.tanh(rows @ p["mix"]) ** 2), {"rows": rows}
+        return ops.sum(tanh(rows @ p["mix"]) ** 2), {"rows": rows}
 
     def twin(p):
         rows = p["table"][ids]
@@ -170,7 +176,7 @@ def convolution():
 
     def recorded(p):
         z = ops.conv(like(image, p["bias"]), p["kernel"], padding="valid")
-        return ops.sum(ops.tanh(z + p["bias"]) ** 2), {"z": z}
+        return ops.sum(tanh(z + p["bias"]) ** 2), {"z": z}
 
     def twin(p):
         z = sum(
@@ -220,7 +226,7 @@ def loop():
 
     def recorded(p):
         def step(h, x):
-            h = ops.tanh((h[None] @ p["kernel"])[0] + x)
+            h = tanh((h[None] @ p["kernel"])[0] + x)
             return h, h
 
         last, all_of_them = ops.scan(step, p["start"], like(x, p["start"]))
