@@ -1,53 +1,116 @@
-"""What users pass as data."""
+"""What users pass as data, on whichever backend Keras runs."""
 
-import cases
+import contextlib
+
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from cases import floatx
+from data_sources import (
+    SOURCES,
+    Batches,
+    X,
+    Y,
+    batches,
+    data_loader,
+    tf_data,
+    tf_dataset,
+)
+from keras import ops
 
+from keras_curvature import backend
 from keras_curvature.data import ProbeData
 
-
-def batches(data):
-    """All batches as NumPy arrays, with their sizes."""
-    return [
-        (
-            keras.tree.map_structure(
-                lambda a: None if a is None else np.asarray(a), batch
-            ),
-            size,
-        )
-        for batch, size in data
-    ]
+BACKEND = keras.backend.backend()
+FRAMEWORKS = ("tensorflow", "jax", "torch")
 
 
-X = np.arange(10.0).reshape(5, 2)
-Y = np.arange(5)
+def dtype_of(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def tensor_of(framework, array):
+    """A tensor of a framework, which need not be the one that Keras runs on."""
+    module = pytest.importorskip(framework)
+    if framework == "tensorflow":
+        return module.constant(array)
+    return module.numpy.asarray(array) if framework == "jax" else module.tensor(array)
+
+
+# Arrays
 
 
 def test_arrays_are_one_batch_of_tensors():
     data = ProbeData(X, Y)
     assert data.num_batches == 1
     ((x, y, sample_weight), size) = next(iter(data))
-    assert isinstance(x, tf.Tensor) and isinstance(y, tf.Tensor)
-    assert x.dtype == tf.float32 and y.dtype == tf.int64
+    assert backend.is_tensor(x) and backend.is_tensor(y)
+    assert dtype_of(x) == "float32" and "int" in dtype_of(y)
     assert sample_weight is None and size == 5
     np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, Y)
 
 
-def test_floats_follow_keras_and_other_numbers_stay(float64):
-    data = ProbeData([X.astype("float32"), Y.astype("uint8"), Y > 2])
-    (x, _, _), _ = next(iter(data))
-    assert [a.dtype for a in x] == [tf.float64, tf.uint8, tf.bool]
+def test_floats_follow_keras_and_other_numbers_stay():
+    with floatx("float16"):
+        data = ProbeData([X, X.astype("float32"), Y.astype("uint8"), Y > 2])
+    types = [dtype_of(a) for a in data.first()[0]]
+    assert types == ["float16", "float16", "uint8", "bool"]
 
 
 def test_tensors_stay_as_they_are():
-    x = tf.constant(X, tf.float64)
-    (placed, y, _), _ = next(iter(ProbeData(x, Y)))
-    assert placed.dtype == tf.float64 and y.dtype == tf.int64
-    (placed, _, _), _ = next(iter(ProbeData(tf.Variable(X))))
-    assert isinstance(placed, tf.Tensor)
+    x = backend.array(X, "float16")
+    placed, y, _ = ProbeData(x, backend.array(Y, "int32")).first()
+    assert dtype_of(placed) == "float16" and dtype_of(y) == "int32"
+    assert ProbeData(x).first()[0] is placed
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_tensors_of_any_framework(framework, dtype):
+    x = tensor_of(framework, X.astype(dtype))
+    (found, _, _), n = next(iter(ProbeData({"x": x}, batch_size=3)))
+    assert backend.is_tensor(found["x"]) and n == 3
+    assert dtype_of(found["x"]) == dtype
+    np.testing.assert_array_equal(found["x"], X[:3])
+
+
+def test_tensors_with_a_gradient_and_in_bfloat16():
+    torch = pytest.importorskip("torch")
+    x = ProbeData(torch.tensor(X, dtype=torch.float32, requires_grad=True)).first()[0]
+    np.testing.assert_array_equal(ops.convert_to_numpy(x), X)
+    jax = pytest.importorskip("jax")
+    x = ProbeData(jax.numpy.asarray(X, "bfloat16")).first()[0]
+    assert dtype_of(x) == ("bfloat16" if BACKEND == "jax" else "float32")
+    np.testing.assert_array_equal(np.asarray(ops.cast(x, "float32")), X)
+
+
+def test_variables():
+    x = ProbeData(keras.Variable(X, dtype="float32")).first()[0]
+    assert backend.is_tensor(x)
+    np.testing.assert_array_equal(x, X)
+
+
+def test_arrays_are_copied():
+    # Spread over devices, JAX takes over memory that begins at a multiple of 64 bytes.
+    memory = np.zeros(1040, "float32")
+    start = -memory.ctypes.data % 64 // 4
+    x = memory[start : start + 1024].reshape(8, 128)
+
+    def check(place):
+        for data in (
+            ProbeData(x, place=place),
+            ProbeData(x, batch_size=6, place=place),
+        ):
+            found = data.first()[0]
+            x[:] = 1
+            np.testing.assert_array_equal(found, np.zeros_like(found))
+            x[:] = 0
+
+    check(None)
+    if BACKEND == "jax":
+        with keras.distribution.DataParallel().scope():
+            check(backend.place_of(keras.Variable(0.0)))
 
 
 def test_structures():
@@ -78,21 +141,32 @@ def test_bad_batch_size(size):
     "size, sizes", [(1, [2, 2, 1]), (2, [1, 1, 1, 1, 1]), (4, [2, 2, 1]), (5, [3, 2])]
 )
 def test_halved(size, sizes):
-    halved = ProbeData(X, Y, batch_size=size).halved()
-    assert [n for _, n in halved] == sizes
-    x = np.concatenate([b[0] for b, _ in batches(halved)])
-    np.testing.assert_array_equal(x, X)
-
-
-def test_pandas():
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(X, columns=["a", "b"])
-    (((x, y, _), n),) = batches(ProbeData(frame, pandas.Series(Y)))
+    data = ProbeData(X, Y, Y, class_weight={4: 2.0}, batch_size=size)
+    halved = data.halved()
+    assert [n for _, n in halved] == sizes and halved.num_batches == len(sizes)
+    columns = zip(*[batch for batch, _ in batches(halved)], strict=True)
+    x, y, weight = (np.concatenate(column) for column in columns)
     np.testing.assert_array_equal(x, X)
     np.testing.assert_array_equal(y, Y)
-    frame["c"] = list("abcde")
-    with pytest.raises(ValueError, match="arrays of numbers"):
-        ProbeData(frame, Y)
+    np.testing.assert_array_equal(weight, [0, 1, 2, 3, 8])  # Not weighted again.
+
+
+class Frame:
+    """Stands for the tables of pandas and its like, which NumPy can read."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_whatever_numpy_can_read():
+    (((x, y, _), n),) = batches(ProbeData(Frame(X), Frame(Y)))
+    np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, Y)
+    with pytest.raises(ValueError, match="arrays of numbers.*dtype <U1"):
+        ProbeData(Frame(["a", "b"]), Y[:2])
 
 
 @pytest.mark.parametrize(
@@ -104,10 +178,15 @@ def test_pandas():
         ("text", "Received: 'text' of type str"),
         (np.float32(3.0), "same number of samples"),
         (np.zeros((0, 2)), r"at least one.*dimensions \[0\]"),
+        ({1.0, 2.0}, "an object of type set"),
         ((i for i in range(3)), "generator can be read only once"),
+        (iter([X]), "generator can be read only once.*a PyTorch `DataLoader`"),
         (lambda: X, "generator can be read only once"),
     ],
-    ids=["text", "ragged", "lists", "string", "scalar", "empty", "generator", "call"],
+    ids=[
+        *["text", "ragged", "lists", "string", "scalar", "empty", "set"],
+        *["generator", "iterator", "call"],
+    ],
 )
 def test_refused(x, message):
     with pytest.raises(ValueError, match=message):
@@ -118,103 +197,78 @@ def test_lengths_must_agree():
     with pytest.raises(ValueError, match=r"Received: first dimensions \[4, 5\]"):
         ProbeData(X, Y[:4])
     with pytest.raises(ValueError, match=r"Received: first dimensions \[3, 5\]"):
-        ProbeData(X, Y, Y[:3])
+        ProbeData(X, Y, Y[:3], class_weight={0: 2.0})
 
 
-class Batches(keras.utils.PyDataset):
-    """Two batches, or endlessly many."""
-
-    def __init__(self, length=2):
-        super().__init__()
-        self.length = length
-
-    @property
-    def num_batches(self):
-        return self.length
-
-    def __getitem__(self, i):
-        return X[3 * i : 3 * i + 3], Y[3 * i : 3 * i + 3]
-
-
-def test_py_dataset():
-    data = ProbeData(Batches())
-    assert data.num_batches == 2
-    for _ in range(2):
-        (first, n), (second, m) = batches(data)
-        assert (n, m) == (3, 2)
-        np.testing.assert_array_equal(second[0], X[3:])
-        np.testing.assert_array_equal(second[1], Y[3:])
+def test_text_and_ragged_tensors():
+    tf = pytest.importorskip("tensorflow")
+    text = tf.constant(["a", "b"])
+    for x in (text, tf.data.Dataset.from_tensors((text, Y[:2]))):
+        if BACKEND == "tensorflow":
+            np.testing.assert_array_equal(ProbeData(x).first()[0], text)
+        else:
+            with pytest.raises(ValueError, match="dtype object.*Encode text"):
+                ProbeData(x).first()
+    ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
+    for x in (ragged, tf.data.Dataset.from_tensors((ragged, Y[:2]))):
+        with pytest.raises(ValueError, match="type RaggedTensor.*pad rows"):
+            ProbeData(x).first()
 
 
-@pytest.mark.parametrize("arrays", [(X,), (X, Y), (X, Y, Y)])
-def test_dataset_with_and_without_targets_and_weights(arrays):
-    if len(arrays) == 1:
-        source = tf.data.Dataset.from_tensor_slices(X).batch(3)
-    else:
-        source = tf.data.Dataset.from_tensor_slices(arrays).batch(3)
-    data = ProbeData(source)
-    assert data.num_batches == 2
-    (batch, n), (_, m) = data
-    assert (n, m) == (3, 2)
-    assert [a is not None for a in batch] == [i < len(arrays) for i in range(3)]
-
-
-def test_dataset_of_dictionaries():
-    source = tf.data.Dataset.from_tensors(({"a": X, "b": Y}, {"c": Y}))
-    (((x, y, weight), n),) = batches(ProbeData(source))
-    assert set(x) == {"a", "b"} and set(y) == {"c"} and weight is None and n == 5
-
-
-def test_data_sets_that_are_refused():
-    source = tf.data.Dataset.from_tensor_slices((X, Y))
-    with pytest.raises(ValueError, match=r"never ends.*take\(10\)"):
-        ProbeData(source.batch(2).repeat())
-    with pytest.raises(ValueError, match="never ends"):
-        ProbeData(Batches(None))
-    for name in ("y", "sample_weight", "batch_size"):
-        with pytest.raises(ValueError, match=f"leave `{name}` out"):
-            ProbeData(source.batch(2), **{name: 2})
-    with pytest.raises(ValueError, match="must be batched"):
-        next(iter(ProbeData(source)))
-
-
-def test_empty_data_sets():
-    source = tf.data.Dataset.from_tensor_slices((X, Y)).batch(2)
-    for empty in (source.take(0), source.filter(lambda x, y: False)):
-        with pytest.raises(ValueError, match="gives no batch"):
-            ProbeData(empty).first()
-        with pytest.raises(ValueError, match="gives no batch"):
-            ProbeData(empty).mean(lambda batch: batch[0])
+# Means
 
 
 def test_mean_is_weighted_by_size():
     calls = []
-    source = tf.data.Dataset.from_tensor_slices((X, X)).batch(2)
     everything = [
         ProbeData(X, X),
         ProbeData(X, X, batch_size=2),
-        ProbeData(source),
-        ProbeData(source.filter(lambda x, y: True)),
+        ProbeData(data_loader(X, X, batch_size=2)),
+        ProbeData(tf_data(X, X).batch(2).filter(lambda x, y: True)),
     ]
     for data in everything:
         result = data.mean(
             lambda batch, factor: {
-                "a": factor * tf.reduce_mean(batch[0]),
-                "b": (tf.reduce_mean(batch[1], axis=0),),
+                "a": factor * ops.mean(batch[0]),
+                "b": (ops.mean(batch[1], axis=0),),
             },
             2.0,
             on_batch=lambda *args: calls.append(args),
         )
         np.testing.assert_allclose(result["a"], 2 * X.mean(), rtol=1e-6)
         np.testing.assert_allclose(result["b"][0], X.mean(axis=0), rtol=1e-6)
+        assert backend.is_tensor(result["a"])
     assert calls[:4] == [(1, 1), (1, 3), (2, 3), (3, 3)]
     assert calls[-1] == (3, None)
 
 
+def test_mean_keeps_its_type():
+    with floatx("float16"):
+        data = ProbeData(X, batch_size=2)
+    assert dtype_of(data.mean(lambda batch: ops.mean(batch[0]))) == "float16"
+
+
+def test_mean_does_not_remember_how_it_was_computed():
+    if BACKEND != "torch":
+        pytest.skip("Only PyTorch's tensors remember.")
+    import torch
+
+    weights = torch.nn.Parameter(torch.ones(2))
+    for data in (ProbeData(X), ProbeData(X, batch_size=2)):
+        mean = data.mean(lambda b: {"loss": (b[0] @ weights).mean(), "none": None})
+        assert not mean["loss"].requires_grad and mean["none"] is None
+        np.testing.assert_allclose(mean["loss"], X.sum(1).mean(), rtol=1e-6)
+
+
 def test_numbered_batches():
-    data = ProbeData(X, Y, batch_size=2)
     numbers = []
-    data.mean(lambda batch, n: numbers.append(int(n)) or tf.zeros(()), numbered=True)
+
+    def function(batch, scale, number):
+        assert scale == 2.0 and backend.is_tensor(number)
+        numbers.append(int(number))
+        return ops.zeros(())
+
+    ProbeData(X, Y, batch_size=2).mean(function, 2.0, numbered=True)
     assert numbers == [1, 2, 3]
 
 
@@ -222,6 +276,9 @@ def test_no_data():
     data = ProbeData.none()
     assert data.num_batches == 1
     assert data.mean(lambda batch: batch) == (None, None, None)
+
+
+# Class weights
 
 
 @pytest.mark.parametrize(
@@ -234,30 +291,36 @@ def test_class_weights_are_those_of_keras(y):
     seen = []
 
     class Spy(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = keras.layers.Dense(1)
+        def call(self, x):
+            return x
 
-        def train_step(self, data):
-            seen.append(data[2].numpy())
-            return {"loss": tf.constant(0.0)}
+        def train_step(self, *args):
+            seen.append(np.asarray(args[-1][2]))
+            logs = {"loss": ops.zeros(())}
+            return (logs, args[0]) if BACKEND == "jax" else logs
 
     model = Spy()
     model.compile(run_eagerly=True)
     model.fit(X, y, batch_size=5, class_weight=weights, shuffle=False, verbose=0)
-    (_, _, weight), _ = next(iter(ProbeData(X, y, class_weight=weights)))
-    np.testing.assert_array_equal(weight, seen[0])
-    assert weight.dtype == tf.float32
+    for labels in (y, backend.array(y)):
+        weight = ProbeData(X, labels, class_weight=weights).first()[2]
+        np.testing.assert_array_equal(weight, seen[0])
+        assert dtype_of(weight) == "float32" and backend.is_tensor(weight)
 
 
-def test_class_weights_multiply_sample_weights():
-    data = ProbeData(X, Y, Y, class_weight={1: 10.0}, batch_size=3)
-    weights = np.concatenate([b[2] for b, _ in batches(data)])
-    np.testing.assert_array_equal(weights, [0, 10, 2, 3, 4])
-    source = tf.data.Dataset.from_tensor_slices((X, Y, Y)).batch(3)
-    data = ProbeData(source, class_weight={1: 10.0})
-    weights = np.concatenate([b[2] for b, _ in batches(data)])
-    np.testing.assert_array_equal(weights, [0, 10, 2, 3, 4])
+@SOURCES
+def test_class_weights_multiply_sample_weights(source):
+    scale = {1: 10.5}
+    for arguments in ((X, Y, Y), (X, Y, backend.array(Y)), (source(X, Y, Y),)):
+        data = ProbeData(*arguments, class_weight=scale)
+        weights = np.concatenate([b[2] for b, _ in batches(data)])
+        np.testing.assert_array_equal(weights, [0, 10.5, 2, 3, 4])
+
+
+def test_class_weights_with_a_weight_for_each_step():
+    weight = np.arange(10).reshape(5, 2)
+    weight = ProbeData(X, Y, weight, class_weight={1: 0.5}).first()[2]
+    np.testing.assert_array_equal(weight, [[0, 1], [1, 1.5], [4, 5], [6, 7], [8, 9]])
 
 
 def test_class_weights_that_are_refused():
@@ -268,19 +331,80 @@ def test_class_weights_that_are_refused():
         ProbeData(X, np.zeros((5, 3, 4)), class_weight={0: 1.0})
 
 
-def test_batches_are_placed_on_the_device():
-    data = ProbeData(X, Y, device="CPU:1", batch_size=2)
-    for batch in (data, data.halved(), ProbeData(tf.constant(X), device="CPU:1")):
-        for (x, _, _), _ in batch:
-            assert "CPU:1" in x.device
-    source = tf.data.Dataset.from_tensor_slices((X, Y)).batch(3)
-    for (x, y, _), _ in ProbeData(source, device="CPU:1"):
-        assert "CPU:1" in x.device and "CPU:1" in y.device
-    mean = ProbeData(source, device="CPU:1").mean(lambda b: tf.reduce_mean(b[0]))
-    assert "CPU:1" in mean.device
+# Places
 
 
-def test_cases_fit_in():
-    for name in ("two_outputs", "two_inputs", "sample_weights"):
-        case = cases.CASES[name]()
-        ProbeData(case.x, case.y, case.sample_weight, batch_size=2)
+@contextlib.contextmanager
+def elsewhere():
+    """A variable that is not where tensors are by default."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.device("CPU:1"):
+            yield tf.Variable(0.0)
+    elif BACKEND == "jax":
+        import jax
+
+        yield jax.device_put(0.0, jax.devices()[1])
+    else:
+        import torch
+
+        # It holds no numbers, but shows where they would be.
+        yield torch.nn.Parameter(torch.zeros((), device="meta"))
+
+
+def where(tensor):
+    return tensor.devices() if BACKEND == "jax" else tensor.device
+
+
+def test_batches_are_placed():
+    with elsewhere() as variable:
+        home = where(variable)
+    place = backend.place_of(variable)
+    assert where(backend.array(0.0)) != home
+    data = ProbeData(X, Y, place=place, batch_size=2)
+    everything = [
+        data,
+        data.halved(),
+        ProbeData(backend.array(X), place=place),
+        ProbeData(tf_dataset(X, Y), place=place),
+        ProbeData(data_loader(X, Y), place=place),
+    ]
+    for data in everything:
+        for (x, y, _), _ in data:
+            assert where(x) == home and (y is None or where(y) == home)
+        assert where(data.mean(lambda batch: batch[0][0])) == home
+        assert where(data.mean(lambda batch: backend.array(1.0))) == home
+
+
+def test_data_spread_over_devices():
+    if BACKEND != "jax":
+        pytest.skip("`keras.distribution` works on JAX only.")
+    numbers = np.random.default_rng(0).standard_normal((22, 3)).astype("float32")
+    # Neither part is linear in the rows: it would show if some were added or lost.
+    loss = backend.compiled(lambda b, w: (ops.mean((b[0] @ w) ** 2), ops.max(b[1])))
+
+    def means(variable):
+        place = backend.place_of(variable)
+        everything = [
+            ProbeData(numbers, np.arange(22), place=place),
+            ProbeData(numbers, np.arange(22), place=place, batch_size=8),
+            ProbeData(numbers, np.arange(22), place=place, batch_size=8).halved(),
+            ProbeData(backend.array(numbers), np.arange(22), place=place),
+            ProbeData(Batches(numbers, np.arange(22), length=8), place=place),
+        ]
+        (weights,) = backend.values([variable])
+        return [data.mean(loss, weights) for data in everything], everything[1]
+
+    expected, _ = means(keras.Variable(numbers[0]))
+    distribution = keras.distribution.DataParallel()
+    with distribution.scope():
+        variable = keras.Variable(numbers[0])
+        found, data = means(variable)
+    assert len(variable.value.devices()) == 4
+    # The first two batches have a part on each device; 6 samples are not four parts.
+    parts = [{s.data.shape for s in x.addressable_shards} for (x, _, _), _ in data]
+    assert parts == [{(2, 3)}, {(2, 3)}, {(6, 3)}]
+    assert all(len(y.devices()) == 4 for (_, y, _), _ in data)
+    # float32: sums of 22 numbers in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
