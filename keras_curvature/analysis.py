@@ -486,7 +486,8 @@ def _deflated(
     budget = estimators.check_budget(num_matvecs, tolerance)
     first = budget if tolerance is None else min(24, budget)
     for figures, spent in subspace_looks(operator, first, budget, seed, progress):
-        estimate = dataclasses.replace(getattr(figures, name), num_matvecs=spent)
+        estimate: Estimate = getattr(figures, name)
+        estimate = dataclasses.replace(estimate, num_matvecs=spent)
         error = estimate.relative_standard_error
         if tolerance is not None and error is not None and error <= tolerance:
             break

@@ -249,7 +249,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         """
         model = self.model
         # Held, not only compared by id, so that no id is given to another object.
-        of = (model, keras_internals.compiled_loss_of(model), *model.trainable_variables)
+        of = (
+            model,
+            keras_internals.compiled_loss_of(model),
+            *model.trainable_variables,
+        )
         known = self._operator_of
         if known is not None and list(map(id, known)) == list(map(id, of)):
             return False

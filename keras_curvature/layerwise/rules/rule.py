@@ -17,14 +17,14 @@ class LayerRule:
 
     Subclass it for a layer of your own and register the subclass with
     `register_layer_rule`. The rule runs the layer so that a zero *shift* is added to
-    every output that is linear in the layer's variables, and says on which *paths*
-    (see `keras_curvature.layerwise.rules.paths`) directions at that output go back to the
+    every output that is linear in the layer's variables, and says on which *paths* (see
+    `keras_curvature.layerwise.rules.paths`) directions at that output go back to the
     variables.
 
     ```python
     @kc.register_layer_rule(MyScale)           # z = inputs * self.scale
     class MyScaleRule(kc.LayerRule):
-        def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
+        def paths(self, layer, inputs, z):
             return [Elementwise(layer.scale, inputs, lambda v: ops.sum(v, axis=1))]
     ```
 
