@@ -5,6 +5,10 @@ import threading
 import keras
 import numpy as np
 import pytest
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("TensorFlow's own", allow_module_level=True)
+
 import tensorflow as tf
 from tensorflow.python.framework import ops as tensorflow_ops
 
@@ -349,6 +353,11 @@ def test_silent_errors():
     assert caveats(pool, image) == [("xla", "MaxPool")]
     # Only what lies between the point and the gradient counts.
     assert caveats(lambda x: resize(image) * x[0, 0, 0, 0], image) == []
+    findings = backend.examine(
+        lambda p: (tf.reduce_sum(p["x"] ** 2), {"resized": resize(p["x"])}),
+        {"x": image},
+    )
+    assert findings.caveats == ()
     colour = tf.abs(image) * tf.ones(3)
     found = caveats(lambda x: tf.reduce_sum(x * tf.image.hsv_to_rgb(x)), colour)
     assert found == [("gradient", "HSVToRGB")]
