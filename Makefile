@@ -11,28 +11,44 @@ WHEEL_VENV := build/wheel-venv
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint api bench wheel
+# Which of Keras' backends the tests run on.
+BACKENDS := tensorflow jax torch
+
+.PHONY: help demo test test-accelerator lint api bench wheel
 
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-accelerator   run what needs a GPU or TPU, where there is one"
 	@echo "make lint   check style and types"
 	@echo "make api    write docs/api.md from the docstrings"
 	@echo "make bench  measure the costs, in gradients"
 	@echo "make wheel  build the wheel, try it in a fresh environment"
 
 # An environment that is there already is kept and installed into.
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,lint,plot,examples]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt \
+		--editable '.[test,lint,plot,examples]'
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# One process a core; the tests' own threads would only be in each other's way.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	set -e; for backend in $(BACKENDS); do \
+		echo "KERAS_BACKEND=$$backend"; \
+		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+			$(BIN)/python -m pytest --numprocesses 2 --dist loadfile; \
+	done
+
+test-accelerator: $(STAMP)
+	set -e; for backend in $(BACKENDS); do \
+		echo "KERAS_BACKEND=$$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/python -m pytest -s tests/accelerator; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

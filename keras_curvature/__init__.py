@@ -33,7 +33,7 @@ try:
     from keras_curvature.optimizers import DiagonalNewton
     from keras_curvature.report import curvature_summary
     from keras_curvature.spectrum import hessian_eigenvalues, hessian_spectral_density
-except ImportError as _error:
+except (ImportError, ValueError) as _error:
     # Keras runs on another backend, or not at all. TensorBoard loads our page through
     # this package all the same; whoever asks for one of the names is told why.
     _reason = _error

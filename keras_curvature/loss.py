@@ -20,10 +20,8 @@ import numpy as np
 
 from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Direction, Findings, Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.parameters import Layout
-
-#: `(x, y, sample_weight)`, nested structures of tensors; `None` for what is missing.
-Batch: TypeAlias = tuple[Any, Any, Any]
 
 _LOW_PRECISION = ("float16", "bfloat16")
 

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import tree
 
 
 def flatten(structure: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays in a nested structure, and what puts others in their place.
 
-    On JAX any pytree that is registered with it will do, a network of Flax for
-    instance.
+    Entries of dictionaries come in the order of their names, however deep they are, so
+    that all frameworks agree. On JAX any pytree that is registered with it will do, a
+    network of Flax for instance.
 
     Args:
         structure: nested lists, tuples and dictionaries.
@@ -25,4 +25,9 @@ def flatten(structure: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
         leaves, treedef = jax.tree_util.tree_flatten(structure)
         return leaves, lambda new: jax.tree_util.tree_unflatten(treedef, new)
-    return tree.flatten(structure), lambda new: tree.pack_sequence_as(structure, new)
+    # Keras' own trees take `None` for an array, and on PyTorch order only the outermost
+    # dictionary.
+    import optree
+
+    found, spec = optree.tree_flatten(structure)
+    return list(found), lambda new: optree.tree_unflatten(spec, new)

@@ -9,11 +9,12 @@ from keras import ops, tree
 
 from keras_curvature import backend
 from keras_curvature.backend import Direction, Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.opened import Met, Place, run_opened
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.structure import Structure, survey
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 #: Relative size of the leak between samples beyond which they count as interacting.
 LEAK = 1e-4

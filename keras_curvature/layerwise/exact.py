@@ -24,6 +24,7 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import find_structure
@@ -33,7 +34,7 @@ from keras_curvature.layerwise.outputs import UNKNOWN_SIZE
 from keras_curvature.layerwise.penalties import off_diagonal, penalty
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.rules import paths, stacked_products
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 #: Beyond so many scalar outputs of a model its Gauss–Newton part is no help to samples.
 FEW_OUTPUTS = 64

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import LEAK, find_structure, half_of
@@ -15,7 +16,7 @@ from keras_curvature.layerwise.penalties import exact_penalty
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.sampled import Draw, Samples
 from keras_curvature.layerwise.structure import Name, num_samples
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 
 class GaussNewtonDiagonal:

@@ -20,8 +20,9 @@ from keras import tree
 
 from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.layerwise.rules import LayerRule
-from keras_curvature.loss import Batch, State, TrainingLoss
+from keras_curvature.loss import State, TrainingLoss
 
 
 class Place(NamedTuple):

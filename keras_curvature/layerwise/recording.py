@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Direction, Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.layerwise.opened import Given, Met, Output, Place, run_opened
 from keras_curvature.layerwise.rules import stacked_products
 from keras_curvature.layerwise.structure import (
@@ -15,7 +16,7 @@ from keras_curvature.layerwise.structure import (
     num_samples,
     signature,
 )
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 
 class OpenedLoss:

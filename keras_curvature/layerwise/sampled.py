@@ -31,13 +31,14 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.groups import connected
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.structure import Name, Structure
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 #: One sample of the diagonal, a tensor for each variable, from a key; while tracing.
 Draw: TypeAlias = Callable[[Tensor], list[Tensor]]

@@ -25,6 +25,7 @@ from keras import ops, tree
 
 from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Direction, Outline, Shape, Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.opened import (
     Given,
@@ -34,7 +35,7 @@ from keras_curvature.layerwise.opened import (
     run_opened,
 )
 from keras_curvature.layerwise.rules import LayerRule, rule_for
-from keras_curvature.loss import Batch, State, TrainingLoss
+from keras_curvature.loss import State, TrainingLoss
 
 #: What a diagonal is differentiated by: a variable by its number, or a shift.
 Name: TypeAlias = int | Place | Output

@@ -7,8 +7,9 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
-from keras_curvature.loss import Batch, State
+from keras_curvature.loss import State
 
 #: Basis vectors that are multiplied together, and a bound for their elements in all.
 TOGETHER = 256

@@ -11,8 +11,9 @@ from keras import ops
 from keras_curvature import backend
 from keras_curvature.backend import Caveat, Tensor
 from keras_curvature.data import ProbeData
+from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
-from keras_curvature.loss import Batch, FunctionLoss, Loss, State, TrainingLoss
+from keras_curvature.loss import FunctionLoss, Loss, State, TrainingLoss
 from keras_curvature.operators.finite_differences import difference_product
 
 
