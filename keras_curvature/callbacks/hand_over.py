@@ -1,111 +1,107 @@
-"""From the diagonal that was measured to the optimizer that steps with it."""
+"""From the diagonal that was measured to the optimizer that steps with it.
 
-import weakref
+An optimizer takes curvature if it has a method `update_hessian_diagonal(diagonals)`,
+which is given a list of tensors, one for each trainable variable that the optimizer was
+built with. Three more are used where they are there: `statistics()` goes into the
+record, `preconditioner()` and `stability_threshold()` tell what `sharpness` needs; and
+`compile_with(compiler)` is called before the first of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.backend import Tensor
+from keras_curvature.keras_internals import optimizer_variables, unwrapped
+from keras_curvature.operators import HessianOperator
+from keras_curvature.parameters import Layout
 
-#: For each optimizer its compiled functions by name, with what they were made for.
-_COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-
-def hand_over(model, operator, flat):
+def hand_over(model: Any, operator: HessianOperator, flat: Tensor) -> None:
     """Gives each optimizer that takes curvature its part of a diagonal.
 
-    Everything stays on the device, in one graph if the optimizer can (`absorb`): a
-    small model has many small variables. Variables that the diagonal does not hold
-    (because only some were asked for, or because of layers frozen since) count as
-    flat.
+    Everything stays on the device. Variables that the diagonal does not hold (because
+    only some were asked for, or because of layers frozen since) count as flat.
 
     Args:
         model: the Keras model that trains.
-        operator: the `HessianOperator` that the diagonal is of.
-        flat: the diagonal, a flat tensor.
+        operator: the operator that the diagonal is of.
+        flat: the diagonal, `(P,)`.
     """
-    for optimizer in _takers(model.optimizer):
+    takers = _takers(model.optimizer)
+    if not takers:
+        return
+    split = _splitter(operator.evaluation.loss.layout)
+    parts = dict(zip(map(id, operator.variables), split(flat), strict=True))
+    for optimizer in takers:
         # Part of the model's variables, inside a `MultiOptimizer`.
-        variables = getattr(optimizer, "_trainable_variables", None)
-        variables = variables or model.trainable_variables
-        if hasattr(optimizer, "absorb"):
-            optimizer.absorbed(_absorb(optimizer, operator, variables)(flat))
-        else:
-            optimizer.update_hessian_diagonal(_parts(operator, variables, flat))
+        variables = optimizer_variables(optimizer) or model.trainable_variables
+        optimizer.update_hessian_diagonal(
+            [
+                parts[id(v)] if id(v) in parts else ops.zeros(v.shape, v.dtype)
+                for v in variables
+            ]
+        )
 
 
-def _absorb(optimizer, operator, variables):
-    """`optimizer.absorb`, of a flat diagonal, compiled once."""
-    held = weakref.ref(operator)
-    return _compiled(
-        optimizer,
-        "absorb",
-        [operator, *variables],
-        lambda absorb, flat: absorb(_parts(held(), variables, flat)),
-    )
+@functools.lru_cache(maxsize=8)
+def _splitter(layout: Layout) -> Callable[[Tensor], list[Tensor]]:
+    """`layout.split`, compiled: a small model has many small variables."""
+    return backend.compiled(layout.split)
 
 
-def _compiled(optimizer, name, of, function):
-    """A function of an optimizer's method, compiled once as long as `of` is the same.
+def optimizer_figures(model: Any) -> dict[str, float]:
+    """What an optimizer that takes curvature tells about its steps.
 
-    Eager, it would take longer than the work itself where variables are small.
+    Args:
+        model: the Keras model that trains.
     """
-    functions = _COMPILED.setdefault(optimizer, {})
-    made_for, compiled = functions.get(name, (None, None))
-    if made_for != list(map(id, of)):
-        # The optimizer must not be held by what it is the key of.
-        method = weakref.WeakMethod(getattr(optimizer, name))
-        compiled = backend.compiled(lambda *args: function(method(), *args))
-        functions[name] = list(map(id, of)), compiled
-    return compiled
-
-
-def _parts(operator, variables, flat):
-    """A flat diagonal as one tensor for each variable."""
-    parts = dict(zip(map(id, operator.variables), operator.split(flat), strict=True))
-    return [
-        parts[id(v)] if id(v) in parts else ops.zeros(v.shape, v.dtype)
-        for v in variables
-    ]
-
-
-def optimizer_figures(model):
-    """What an optimizer that takes curvature tells about its steps: a dictionary."""
     for optimizer in _takers(model.optimizer):
-        if hasattr(optimizer, "statistic_sums"):
-            of = optimizer._trainable_variables
-            sums = _compiled(optimizer, "statistic_sums", of, lambda sums: sums())
-            return optimizer.statistics(sums())
         if hasattr(optimizer, "statistics"):
             return dict(optimizer.statistics())
     return {}
 
 
-def learning_rate(model):
-    """The learning rate, a float; `None` if there is none, or several."""
+def learning_rate(model: Any) -> float | None:
+    """The learning rate; `None` if there is none, or several.
+
+    Args:
+        model: the Keras model that trains.
+    """
     rate = getattr(model.optimizer, "learning_rate", None)
     return None if rate is None else float(number(rate))
 
 
-def step(model):
-    """The number of steps taken so far, an integer."""
+def step(model: Any) -> int:
+    """The number of steps taken so far.
+
+    Args:
+        model: the Keras model that trains.
+    """
     return 0 if model.optimizer is None else int(number(model.optimizer.iterations))
 
 
-def number(scalar):
-    """A scalar on the host. Adding 0 reads a variable, on whatever replicas it is."""
+def number(scalar: Any) -> Any:
+    """A scalar on the host. Adding 0 reads a variable, on whatever replicas it is.
+
+    Args:
+        scalar: a variable, a tensor or a number.
+    """
     return ops.convert_to_numpy(scalar + 0)
 
 
-def _takers(optimizer):
+def _takers(optimizer: Any) -> list[Any]:
     """The optimizers that take curvature, also inside others."""
-    if optimizer is None:
-        return []
-    inner = getattr(optimizer, "inner_optimizer", None)  # LossScaleOptimizer
-    if inner is not None:
-        return _takers(inner)
-    several = getattr(optimizer, "optimizers", None)  # MultiOptimizer
-    if several:
-        return [taker for one in several for taker in _takers(one)]
-    # One that was given no variables has not been built.
-    takes = hasattr(optimizer, "update_hessian_diagonal") and optimizer.built
-    return [optimizer] if takes else []
+    takers = [
+        one
+        for one in unwrapped(optimizer)
+        # One that was given no variables has not been built.
+        if hasattr(one, "update_hessian_diagonal") and one.built
+    ]
+    for one in takers:
+        if hasattr(one, "compile_with"):
+            one.compile_with(backend.compiled)
+    return takers

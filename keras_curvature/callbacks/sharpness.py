@@ -6,17 +6,24 @@ An optimizer that divides the gradient by a diagonal D sees `D^{-1/2} H D^{-1/2}
 instead, and its edge depends on its momentum (Cohen et al. 2022, arXiv 2207.14484).
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_curvature import backend
+from keras_curvature.backend import Tensor
 from keras_curvature.callbacks.hand_over import number
 from keras_curvature.estimators import DominantSubspace
-from keras_curvature.operators import PreconditionedOperator
+from keras_curvature.keras_internals import (
+    optimizer_variables,
+    squared_gradients,
+    unwrapped,
+)
+from keras_curvature.operators import HessianOperator, PreconditionedOperator
 
 #: Products per look at the preconditioned Hessian; its subspace is kept.
 MATVECS = 4
-
-_ADAM = (keras.optimizers.Adam, keras.optimizers.AdamW)
 
 
 class Sharpness:
@@ -26,11 +33,13 @@ class Sharpness:
         seed: seed of the random directions.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed: int):
         self._seed = seed
         self._subspace = DominantSubspace()
 
-    def look(self, model, operator):
+    def look(
+        self, model: Any, operator: HessianOperator
+    ) -> tuple[dict[str, float], int]:
         """The figures for a record, and the number of products spent on them.
 
         Args:
@@ -56,7 +65,7 @@ class Sharpness:
         return figures, found.num_matvecs
 
 
-def stability_threshold(optimizer):
+def stability_threshold(optimizer: Any) -> float | None:
     """The curvature above which an optimizer is unstable on a quadratic.
 
     | optimizer | threshold |
@@ -71,25 +80,25 @@ def stability_threshold(optimizer):
 
     Returns:
         A float, or `None` for an optimizer whose threshold is not known.
-    """  # noqa: E501
+    """
     optimizer = _single(optimizer)
     rate = getattr(optimizer, "learning_rate", None)
     rate = None if rate is None else float(number(rate))
     if rate is None or not rate > 0:
         return None
-    if type(optimizer) is keras.optimizers.SGD and not optimizer.nesterov:
-        return (2 + 2 * optimizer.momentum) / rate
-    if type(optimizer) is keras.optimizers.RMSprop and not optimizer.momentum:
-        return 2 / rate
     if hasattr(optimizer, "stability_threshold"):
-        return optimizer.stability_threshold()
-    if type(optimizer) in _ADAM:
+        return float(optimizer.stability_threshold())
+    if _steps_as(optimizer, keras.optimizers.SGD) and not optimizer.nesterov:
+        return (2 + 2 * optimizer.momentum) / rate
+    if _steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.momentum:
+        return 2 / rate
+    if _steps_as(optimizer, keras.optimizers.Adam):
         beta = optimizer.beta_1
         return (2 + 2 * beta) / ((1 - beta) * rate)
     return None
 
 
-def preconditioner(optimizer, operator):
+def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
     """The diagonal D that an optimizer divides by, over the operator's variables.
 
     Args:
@@ -101,13 +110,13 @@ def preconditioner(optimizer, operator):
         none that is known, and before its first step.
     """
     optimizer = _single(optimizer)
-    if optimizer is None or not optimizer.built or not _steps(optimizer):
+    if optimizer is None or not number(optimizer.iterations):
         return None
+    variables = optimizer_variables(optimizer)
     if hasattr(optimizer, "preconditioner"):
         parts = optimizer.preconditioner()
     else:
         parts = _of_squares(optimizer)
-    variables = getattr(optimizer, "_trainable_variables", None)
     if parts is None or variables is None:
         return None
     by_variable = dict(zip(map(id, variables), parts, strict=False))
@@ -118,27 +127,42 @@ def preconditioner(optimizer, operator):
     return ops.maximum(flat, 1e-12)
 
 
-def _of_squares(optimizer):
+def _of_squares(optimizer: Any) -> list[Tensor] | None:
     """D of an optimizer that averages squared gradients."""
-    squares = getattr(optimizer, "_velocities", None)
+    squares = squared_gradients(optimizer)
     if not squares:
         return None
-    if type(optimizer) in _ADAM and not optimizer.amsgrad:
-        debias = 1 - optimizer.beta_2 ** _steps(optimizer)
-    elif type(optimizer) is keras.optimizers.RMSprop and not optimizer.centered:
-        debias = 1.0
+    if _steps_as(optimizer, keras.optimizers.Adam) and not optimizer.amsgrad:
+        weights = 1 - optimizer.beta_2 ** int(number(optimizer.iterations))
+    elif _steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.centered:
+        weights = 1.0
     else:
         return None
-    return [ops.sqrt((v + 0) / debias) + optimizer.epsilon for v in squares]
+    numbers = [backend.array(x, "float32") for x in (weights, optimizer.epsilon)]
+    roots: list[Tensor] = _roots(backend.values(squares), *numbers)
+    return roots
 
 
-def _steps(optimizer):
-    return int(number(optimizer.iterations))
+@backend.compiled
+def _roots(squares: list[Tensor], weights: Tensor, epsilon: Tensor) -> list[Tensor]:
+    """Roots of debiased averages."""
+    return [
+        ops.sqrt(v / ops.cast(weights, v.dtype)) + ops.cast(epsilon, v.dtype)
+        for v in squares
+    ]
 
 
-def _single(optimizer):
-    """The optimizer inside a LossScaleOptimizer; `None` for several."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
-        return _single(inner)
-    return None if getattr(optimizer, "optimizers", None) else optimizer
+def _steps_as(optimizer: Any, kind: type) -> bool:
+    """Whether it steps by the rule of this class of Keras'.
+
+    On PyTorch, an optimizer is made of a subclass of the class that was asked for.
+    """
+    return isinstance(optimizer, kind) and type(optimizer).update_step is (
+        kind.update_step  # type: ignore[attr-defined]
+    )
+
+
+def _single(optimizer: Any) -> Any:
+    """The one optimizer that steps; `None` for several."""
+    optimizers = unwrapped(optimizer)
+    return optimizers[0] if len(optimizers) == 1 else None

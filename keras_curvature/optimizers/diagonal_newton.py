@@ -5,6 +5,8 @@ Knows the update rule, and nothing of how curvature is found: whoever has a diag
 """
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -121,22 +123,22 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.2,
-        beta_1=0.9,
-        beta_2=0.95,
-        radius=0.1,
-        relative_radius=0.3,
-        weight_decay=None,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        loss_scale_factor=None,
-        gradient_accumulation_steps=None,
-        name="diagonal_newton",
-        **kwargs,
+        learning_rate: Any = 0.2,
+        beta_1: float = 0.9,
+        beta_2: float = 0.95,
+        radius: float | None = 0.1,
+        relative_radius: float = 0.3,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "diagonal_newton",
+        **kwargs: Any,
     ):
         super().__init__(
             learning_rate=learning_rate,
@@ -173,8 +175,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         self.relative_radius = relative_radius
         self._has_curvature = False
         self._warned = False
+        self._between_steps = _Compiled(lambda function: function)
 
-    def build(self, variables):
+    def build(self, variables: list[Any]) -> None:
         """Creates the slots: three numbers for each parameter, and two counters.
 
         Args:
@@ -193,7 +196,26 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             for name in ("curvature_updates", "curvature_step")
         ]
 
-    def apply(self, grads, trainable_variables=None):
+    def compile_with(self, compiler: Callable[[Callable], Callable]) -> None:
+        """Compiles what is computed between steps; without, each operation runs alone.
+
+        `CurvatureMonitor` calls this. In a loop of your own it pays off on TensorFlow
+        and JAX, where many small operations take long.
+
+        ```python
+        optimizer.compile_with(tf.function)  # or jax.jit
+        ```
+
+        Args:
+            compiler: takes a pure function of lists of tensors, and returns one that
+                computes the same.
+        """
+        if self._between_steps.compiler is not compiler:
+            self._between_steps = _Compiled(compiler)
+
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
         """Takes a step, given the gradients; see `keras.optimizers.Optimizer`.
 
         Args:
@@ -214,7 +236,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             )
         super().apply([_dense(g) for g in grads], trainable_variables)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Moves one variable.
 
         Args:
@@ -228,28 +250,25 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         m, v = self._momentums[index], self._second_moments[index]
         self.assign_add(m, (gradient - m) * (1 - self.beta_1))
         self.assign_add(v, (ops.square(gradient) - v) * (1 - GRADIENT_DECAY))
-        average, usual, curvature = self._debiased(index, self.iterations + 1)
+        average, usual = self._debiased(m, v, self.iterations + 1)
         direction = newton_direction(
             NEWEST * gradient + (1 - NEWEST) * average,
             usual,
-            curvature,
+            ops.convert_to_tensor(self._curvatures[index]),
             ops.convert_to_tensor(variable),
             self.radius,
             self.relative_radius,
         )
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * direction)
 
-    def _debiased(self, index, steps):
-        """m̂, √v̂ and ĥ of one variable, after that many steps."""
-        m, v = self._momentums[index], self._second_moments[index]
-        v_hat = v / _summed_weights(GRADIENT_DECAY, steps, v.dtype)
+    def _debiased(self, m: Any, v: Any, steps: Any) -> tuple[Any, Any]:
+        """m̂ and √v̂ of one variable, after that many steps."""
         return (
             m / _summed_weights(self.beta_1, steps, m.dtype),
-            ops.sqrt(v_hat),
-            ops.convert_to_tensor(self._curvatures[index]),
+            ops.sqrt(v / _summed_weights(GRADIENT_DECAY, steps, v.dtype)),
         )
 
-    def update_hessian_diagonal(self, diagonals):
+    def update_hessian_diagonal(self, diagonals: Sequence[Any]) -> bool:
         """Takes in a new diagonal of the Hessian, for the steps from the next one on.
 
         Call it between steps, from Python: a callback's `on_train_batch_end`, or a
@@ -275,58 +294,56 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 arrays or a wrong shape.
         """
         self._check_diagonals(diagonals)
-        return self.absorbed(self.absorb(diagonals))
+        slots = self._slots_of(self._curvatures)
+        finite, averages = self._between_steps(
+            self._averaged,
+            _values(slots),
+            [
+                ops.convert_to_tensor(diagonal, slot.dtype)
+                for diagonal, slot in zip(self._slots_of(diagonals), slots, strict=True)
+            ],
+            self._curvature_updates + 1,
+        )
+        if not bool(finite):
+            warnings.warn(
+                f"`{self.name}` was given a Hessian diagonal with entries that are not "
+                "finite, and keeps the curvature it has. If this goes on, training "
+                "has diverged, or the loss overflows in low precision: lower the "
+                "learning rate, or probe in float32.",
+                stacklevel=2,
+            )
+            return False
+        for slot, average in zip(slots, averages, strict=True):
+            slot.assign(average)
+        self._curvature_updates.assign_add(1)
+        self._curvature_step.assign(self.iterations + 0)
+        self._has_curvature = True
+        return True
 
-    def absorb(self, diagonals):
-        """The part of `update_hessian_diagonal` that may run inside a graph.
+    def _averaged(
+        self, curvatures: list[Any], diagonals: list[Any], updates: Any
+    ) -> tuple[Any, list[Any]]:
+        """Whether all diagonals are finite, and ĥ with them, as delivery k. Pure."""
+        finite = ops.all(ops.stack([ops.all(ops.isfinite(d)) for d in diagonals]))
+        averages = []
+        for average, diagonal in zip(curvatures, diagonals, strict=True):
+            summed = _summed_weights(self.beta_2, updates, average.dtype)
+            weight = (1 - self.beta_2) / summed
+            averages.append(average + (diagonal - average) * weight)
+        return finite, averages
 
-        Args:
-            diagonals: list of tensors, as for `update_hessian_diagonal`, unchecked.
+    def _slots_of(self, entries: Sequence[Any]) -> list[Any]:
+        """Of one entry for each variable, those of variables that have slots.
 
-        Returns:
-            Whether all entries are finite, a tensor. If not, nothing has changed.
+        Keras overwrites the others with what comes as their gradient (float8).
         """
-        pairs = [
-            (slot, ops.cast(ops.convert_to_tensor(diagonal), slot.dtype))
-            for slot, diagonal in zip(self._curvatures, diagonals, strict=True)
+        return [
+            entry
+            for entry, slot in zip(entries, self._curvatures, strict=True)
             if slot is not None
         ]
-        finite = ops.all(ops.stack([ops.all(ops.isfinite(d)) for _, d in pairs]))
-        taken = ops.cast(finite, "int32")
-        updates = self._curvature_updates + taken
-        for slot, diagonal in pairs:
-            weight = (1 - self.beta_2) / _summed_weights(
-                self.beta_2, ops.maximum(updates, 1), slot.dtype
-            )
-            change = ops.where(finite, diagonal - slot, ops.zeros_like(diagonal))
-            slot.assign_add(change * weight)
-        self._curvature_updates.assign(updates)
-        step = ops.where(finite, self.iterations + 0, self._curvature_step + 0)
-        self._curvature_step.assign(step)
-        return finite
 
-    def absorbed(self, finite):
-        """What follows `absorb`, outside the graph: a warning for what is not finite.
-
-        Args:
-            finite: what `absorb` returned.
-
-        Returns:
-            Whether the diagonal was taken in.
-        """
-        if bool(finite):
-            self._has_curvature = True
-            return True
-        warnings.warn(
-            f"`{self.name}` was given a Hessian diagonal with entries that are not "
-            "finite, and keeps the curvature it has. If this goes on, training "
-            "has diverged, or the loss overflows in low precision: lower the "
-            "learning rate, or probe in float32.",
-            stacklevel=2,
-        )
-        return False
-
-    def _check_diagonals(self, diagonals):
+    def _check_diagonals(self, diagonals: Sequence[Any]) -> None:
         if not self.built:
             raise ValueError(
                 "The optimizer does not know its variables yet. Call "
@@ -352,17 +369,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 )
 
     @property
-    def curvature_updates(self):
+    def curvature_updates(self) -> int:
         """Number of diagonals taken in so far, an integer."""
         return _number(self._curvature_updates) if self.built else 0
 
-    def statistics(self, sums=None):
+    def statistics(self) -> dict[str, float]:
         """What the last step was made of, read from the slots when called.
 
         Costs about one step's arithmetic, and nothing when not called.
-
-        Args:
-            sums: what `statistic_sums` returned, if it was run already.
 
         Returns:
             Dictionary of floats: `curvature_age`, steps since the last diagonal was
@@ -376,66 +390,79 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        self._check_built()
-        sums = ops.convert_to_numpy(self.statistic_sums() if sums is None else sums)
-        square, clipped, newton, negative = sums[:-1] / sums[-1]
+        sums = ops.convert_to_numpy(self._between_steps(self._sums, *self._state()))
+        size = sum(int(np.prod(s.shape)) for s in self._slots_of(self._curvatures))
+        square, clipped, newton, negative = sums.tolist()
         age = _number(self.iterations) - _number(self._curvature_step)
         return {
             "curvature_age": float(age) if self.curvature_updates else float("nan"),
-            "step_size": _number(self.learning_rate) * float(square) ** 0.5,
-            "clipped_share": float(clipped),
-            "newton_share": float(newton),
-            "negative_share": float(negative),
+            "step_size": _number(self.learning_rate) * (square / size) ** 0.5,
+            "clipped_share": clipped / size,
+            "newton_share": newton / size,
+            "negative_share": negative / size,
         }
 
-    def statistic_sums(self):
-        """The part of `statistics` that may run inside a graph: five sums."""
-        taken = ops.maximum(self.iterations, 1)
-        sums, size = 0, 0
-        for index, slot in enumerate(self._momentums):
-            if slot is None:
-                continue
-            average, usual, h = self._debiased(index, taken)
-            at = self._trainable_variables[index] + 0
-            radii = self.radius, self.relative_radius
+    def _sums(self, steps: Any, *slots: list[Any]) -> Any:
+        """What `statistics` averages over all entries, summed: `(4,)`. Pure."""
+        sums = 0
+        for m, v, h, values in zip(*slots, strict=True):
+            average, usual = self._debiased(m, v, steps)
+            rule = usual, h, values, self.radius, self.relative_radius
             counted = (
-                ops.square(newton_direction(average, usual, h, at, *radii)),
+                ops.square(newton_direction(average, *rule)),
                 # Shortened by rounding alone (the first step) is not clipped.
                 ops.abs(average) > 1.001 * usual,
-                2 * ops.abs(h) > damped_curvature(usual, h, at, *radii),
+                2 * ops.abs(h) > damped_curvature(*rule),
                 h < 0,
             )
             sums += ops.stack([ops.sum(ops.cast(c, "float32")) for c in counted])
-            size += int(np.prod(slot.shape))
-        return ops.append(sums, ops.cast(size, "float32"))
+        return sums
 
-    def preconditioner(self):
+    def preconditioner(self) -> list[Any]:
         """What a step from here divides the gradient by.
 
         Returns:
             List of tensors, one for each trainable variable that the optimizer was
-            built with, of its shape.
+            built with, of its shape; ones where it does not step.
 
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        self._check_built()
-        taken = ops.maximum(self.iterations, 1)
-        parts = []
-        for index, variable in enumerate(self._trainable_variables):
-            _, usual, curvature = self._debiased(index, taken)
-            parts.append(
-                damped_curvature(
-                    usual,
-                    curvature,
-                    variable + 0,
-                    self.radius,
-                    self.relative_radius,
-                )
+        parts = iter(self._between_steps(self._damped, *self._state()))
+        return [
+            ops.ones(variable.shape) if slot is None else next(parts)
+            for variable, slot in zip(
+                self._trainable_variables, self._curvatures, strict=True
             )
-        return parts
+        ]
 
-    def stability_threshold(self):
+    def _damped(self, steps: Any, *slots: list[Any]) -> list[Any]:
+        """What `preconditioner` gives, for variables that have slots. Pure."""
+        return [
+            damped_curvature(
+                self._debiased(m, v, steps)[1],
+                h,
+                values,
+                self.radius,
+                self.relative_radius,
+            )
+            for m, v, h, values in zip(*slots, strict=True)
+        ]
+
+    def _state(self) -> tuple[Any, ...]:
+        """Steps so far (at least one), and values of m, v, ĥ and θ; see `_values`."""
+        if not self.built:
+            raise ValueError("The optimizer has not been built: it took no step yet.")
+        every = (
+            self._momentums,
+            self._second_moments,
+            self._curvatures,
+            self._trainable_variables,
+        )
+        slots = (_values(self._slots_of(entries)) for entries in every)
+        return ops.maximum(self.iterations, 1), *slots
+
+    def stability_threshold(self) -> float:
         """The curvature, over `preconditioner`, above which steps are unstable.
 
         On a quadratic: `2 (1 + β₁) / (η ((1 − κ)(1 − β₁) + κ (1 + β₁)))`.
@@ -447,16 +474,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         gain = (1 - NEWEST) * (1 - beta) + NEWEST * (1 + beta)
         return 2 * (1 + beta) / (rate * gain) if rate > 0 else float("inf")
 
-    def _check_built(self):
-        if not self.built:
-            raise ValueError("The optimizer has not been built: it took no step yet.")
-
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Restores the slots from a saved file; see `keras.optimizers.Optimizer`."""
         super().load_own_variables(store)
         self._has_curvature = self.curvature_updates > 0
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments that make an optimizer like this one, as a dictionary."""
         config = super().get_config()
         config.update(
@@ -470,22 +493,43 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         return config
 
 
-def _summed_weights(decay, steps, dtype):
+class _Compiled:
+    """Calls pure functions, each compiled when it is called first.
+
+    No dictionary of its own in the optimizer: Keras and TensorFlow track those.
+    """
+
+    def __init__(self, compiler: Callable[[Callable], Callable]):
+        self.compiler = compiler
+        self._made: dict[Callable, Callable] = {}
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        if function not in self._made:
+            self._made[function] = self.compiler(function)
+        return self._made[function](*args)
+
+
+def _summed_weights(decay: float, steps: Any, dtype: Any) -> Any:
     """`1 − decayᵗ`, precise to rounding: in float32, `1 - 0.999` is not."""
     rate = np.log(decay) if decay > 0 else -np.inf
     return -ops.expm1(ops.cast(steps, dtype) * ops.cast(rate, dtype))
 
 
-def _number(scalar):
+def _values(variables: list[Any]) -> list[Any]:
+    """What variables hold, as tensors, on whatever replicas the variables are."""
+    return [ops.stop_gradient(variable) for variable in variables]
+
+
+def _number(scalar: Any) -> Any:
     """A scalar on the host. Adding 0 reads a variable, on whatever replicas it is."""
     return ops.convert_to_numpy(scalar + 0).item()
 
 
-def _dense(gradient):
+def _dense(gradient: Any) -> Any:
     """`IndexedSlices`, as Embedding's gradients are on TensorFlow, as a tensor.
 
     Rows that occur twice are added: squaring and clipping need the sum.
     """
-    if hasattr(gradient, "indices"):
+    if hasattr(gradient, "dense_shape"):
         return ops.add(ops.zeros(gradient.dense_shape, gradient.dtype), gradient)
     return gradient

@@ -8,6 +8,8 @@ import keras_curvature as kc
 from keras_curvature.callbacks.sharpness import preconditioner, stability_threshold
 from keras_curvature.operators import PreconditionedOperator
 
+array = keras.ops.convert_to_numpy
+
 
 def trained(optimizer, epochs=3):
     keras.utils.set_random_seed(0)
@@ -29,6 +31,8 @@ def trained(optimizer, epochs=3):
         (keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), None),
         (keras.optimizers.RMSprop(0.1), 20.0),
         (keras.optimizers.Adam(0.1, beta_1=0.9), 380.0),
+        (keras.optimizers.AdamW(0.1, beta_1=0.9), 380.0),
+        (keras.optimizers.Nadam(0.1), None),
         (kc.DiagonalNewton(0.1, beta_1=0.0), 20.0),
         (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), 20.0),
         (keras.optimizers.Adagrad(0.1), None),
@@ -37,6 +41,19 @@ def trained(optimizer, epochs=3):
 def test_threshold(optimizer, threshold):
     found = stability_threshold(optimizer)
     assert found == (threshold and pytest.approx(threshold, rel=1e-6))
+
+
+def test_another_rule_has_no_known_threshold():
+    """Neither a rule of the user's own, nor two optimizers at once."""
+
+    class Mine(keras.optimizers.Adam):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate)
+
+    assert stability_threshold(Mine(0.1)) is None
+    two = {"a": keras.optimizers.SGD(0.1), "b": keras.optimizers.SGD(0.2)}
+    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), two)
+    assert stability_threshold(keras.optimizers.MultiOptimizer(several)) is None
 
 
 def test_gradient_descent_with_averaged_momentum_is_stable_up_to_the_threshold():
@@ -55,7 +72,7 @@ def test_gradient_descent_with_averaged_momentum_is_stable_up_to_the_threshold()
 
 def test_adam_divides_by_the_root_of_its_average_of_squares():
     model, op = trained(keras.optimizers.Adam(0.01))
-    found = preconditioner(model.optimizer, op).numpy()
+    found = array(preconditioner(model.optimizer, op))
     steps = int(model.optimizer.iterations)
     squares = [v.numpy() for v in model.optimizer._velocities]
     expected = np.concatenate(
@@ -75,8 +92,16 @@ def test_diagonal_newton_tells_what_it_divides_by():
     before = op.flatten([v.numpy() for v in model.trainable_variables])
     optimizer.apply(gradient, model.trainable_variables)
     moved = before - op.flatten([v.numpy() for v in model.trainable_variables])
-    divided = op.flatten([g.numpy() for g in gradient]) / preconditioner(optimizer, op)
+    divided = array(op.flatten(gradient)) / array(preconditioner(optimizer, op))
     np.testing.assert_allclose(moved, divided, rtol=1e-4, atol=1e-7)
+
+
+def test_rmsprop_does_not_debias():
+    model, op = trained(keras.optimizers.RMSprop(0.01))
+    squares = [v.numpy() for v in model.optimizer._velocities]
+    expected = np.concatenate([np.sqrt(v).ravel() + 1e-7 for v in squares])
+    found = array(preconditioner(model.optimizer, op))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [keras.optimizers.SGD(0.01), "adagrad"])
@@ -94,7 +119,7 @@ def test_preconditioned_operator_equals_the_dense_product():
     model, op = trained("adam")
     diagonal = preconditioner(model.optimizer, op)
     seen = PreconditionedOperator(op, diagonal)
-    scale = diagonal.numpy() ** -0.5
+    scale = array(diagonal) ** -0.5
     dense = scale[:, None] * op.to_dense() * scale
     top = kc.estimators.eigenvalues(seen, k=1, tolerance=1e-6).values[0]
     eigenvalues = np.linalg.eigvalsh(dense.astype("float64"))

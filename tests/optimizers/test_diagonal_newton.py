@@ -103,12 +103,16 @@ def test_trajectory(dtype, beta_1, relative_radius, request):
             )
 
 
+def direction_of(*arrays, radius):
+    """`newton_direction` of four entries."""
+    arrays = [keras.ops.convert_to_tensor(a, "float32") for a in arrays]
+    return keras.ops.convert_to_numpy(newton_direction(*arrays, radius, 0.1))
+
+
 def test_sizes_in_the_rule():
     """Negative curvature steps like positive; with none it is Adam's, of the radius."""
-    ones = np.ones(4)
-    direction = newton_direction(
-        2 * ones, 4 * ones, ones * [1e6, -1e6, 0, 0], ones * [0, 0, 0, 10], 0.5, 0.1
-    )
+    curvature, values = [1e6, -1e6, 0, 0], [0, 0, 0, 10]
+    direction = direction_of([2] * 4, [4] * 4, curvature, values, radius=0.5)
     np.testing.assert_allclose(
         direction, [2e-6, 2e-6, 0.25, np.hypot(0.5, 1) / 2], 1e-4
     )
@@ -118,14 +122,9 @@ def test_sizes_in_the_rule():
 @pytest.mark.parametrize("curvature", [0.0, 2e-38, -2e-38])
 def test_no_curvature_is_never_far(curvature, radius):
     """Steps stay finite, and within the radius."""
-    gradient = np.array([0.0, 1e-12, 1.0, -1e12], "float32")
-    direction = newton_direction(
-        gradient,
-        np.abs(gradient),
-        np.full(4, curvature, "float32"),
-        np.zeros(4, "float32"),
-        radius,
-        0.1,
+    gradient = np.array([0.0, 1e-12, 1.0, -1e12])
+    direction = direction_of(
+        gradient, np.abs(gradient), [curvature] * 4, [0] * 4, radius=radius
     )
     np.testing.assert_allclose(direction, np.sign(gradient) * (radius or 1), 1e-6)
 
@@ -279,6 +278,79 @@ def test_statistics():
     assert figures["negative_share"] == 0.5
     # The figure is computed from the slots, the change from two nearby float32.
     assert figures["step_size"] == pytest.approx(np.sqrt(np.mean(moved**2)), 1e-4)
+
+
+def native_compiler():
+    """What the docstring of `compile_with` recommends for this backend."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function
+    if backend == "jax":
+        import jax
+
+        return jax.jit
+    pytest.skip("PyTorch runs functions as they are")
+
+
+def test_compiled_between_steps():
+    """Each function once, however often it is called; what it gives is the same."""
+    native, traces = native_compiler(), []
+
+    def compiler(function):
+        def traced(*args):
+            traces.append(function.__name__)
+            return function(*args)
+
+        return native(traced)
+
+    def trained(*compilers):
+        rng = np.random.default_rng(4)
+        optimizer, _ = built([rng.standard_normal(s) for s in ((3, 2), (4,))])
+        told = []
+        for _ in range(3):
+            for one in compilers:
+                optimizer.compile_with(one)
+            arrays = [[rng.standard_normal(s) for s in ((3, 2), (4,))] for _ in "dg"]
+            optimizer.update_hessian_diagonal(arrays[0])
+            optimizer.apply([keras.ops.cast(g, "float32") for g in arrays[1]])
+            told.append(list(optimizer.statistics().values()))
+            told.extend(np.array(p) for p in optimizer.preconditioner())
+        return slots(optimizer) + told
+
+    # Compilers fuse products and sums, which rounds once less.
+    for a, b in zip(trained(compiler), trained(), strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-7)
+    assert sorted(traces) == ["_averaged", "_damped", "_sums"]
+
+
+def test_what_is_not_finite_is_refused_when_compiled():
+    optimizer, _ = built([np.zeros(2)])
+    optimizer.compile_with(native_compiler())
+    optimizer.update_hessian_diagonal([np.ones(2)])
+    before = slots(optimizer)
+    with pytest.warns(UserWarning, match="not finite"):
+        assert not optimizer.update_hessian_diagonal([[5.0, np.nan]])
+    for a, b in zip(before, slots(optimizer), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_variables_that_keras_overwrites_have_no_slots():
+    """As the scales of float8 training: their "gradient" is their next value."""
+    scale = keras.Variable(np.ones(2), name="scale")
+    scale.overwrite_with_gradient = True
+    x = keras.Variable(np.ones(3), name="x")
+    optimizer = DiagonalNewton(1.0, beta_1=0.0, radius=None)
+    optimizer.build([scale, x])
+    optimizer.update_hessian_diagonal([np.full(2, 9.0), np.full(3, 4.0)])
+    optimizer.apply([keras.ops.full((2,), 7.0), keras.ops.ones(3)])
+    np.testing.assert_allclose(scale.numpy(), [7.0] * 2)
+    np.testing.assert_allclose(x.numpy(), [0.75] * 3)
+    ones, curvature = optimizer.preconditioner()
+    np.testing.assert_allclose(ones, [1.0] * 2)
+    np.testing.assert_allclose(curvature, [4.0] * 3)
+    assert optimizer.statistics()["newton_share"] == 1.0
 
 
 def test_builds_once():

@@ -5,12 +5,18 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 from keras_curvature.optimizers import DiagonalNewton
 
 SAMPLES, WIDTH = 16, 3
+BACKEND = keras.backend.backend()
+
+#: On PyTorch, Keras knows no more than one step in an execution.
+PER_EXECUTION = 1 if BACKEND == "torch" else 4
+
+#: `jit_compile` runs `torch.compile` there, which needs a C++ compiler and minutes.
+xla = pytest.mark.skipif(BACKEND == "torch", reason="XLA compiles for the others")
 
 
 class Deliver(keras.callbacks.Callback):
@@ -19,7 +25,9 @@ class Deliver(keras.callbacks.Callback):
     def __init__(self, diagonal=None):
         super().__init__()
         self._diagonal = diagonal or (
-            lambda optimizer, variable, i: np.cos(i + 3.0 * variable.numpy())
+            lambda optimizer, variable, i: np.cos(
+                i + 3 * ops.convert_to_numpy(variable)
+            )
         )
         self.delivered = []
 
@@ -95,8 +103,8 @@ SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.7)
     "mode",
     [
         {},
-        {"jit_compile": True},
-        {"steps_per_execution": 4},
+        pytest.param({"jit_compile": True}, marks=xla),
+        {"steps_per_execution": PER_EXECUTION},
         {"weight_decay": 0.1},
         {"clipnorm": 0.5},
         {"global_clipnorm": 0.5},
@@ -189,7 +197,7 @@ def test_weight_decay_exclusions():
     before = dense.kernel.numpy()
     optimizer.build(model.trainable_variables)
     optimizer.update_hessian_diagonal([np.ones((WIDTH, 2)), np.ones(2)])
-    optimizer.apply([tf.zeros((WIDTH, 2)), tf.zeros(2)])
+    optimizer.apply([ops.zeros((WIDTH, 2)), ops.zeros(2)])
     np.testing.assert_array_equal(dense.bias.numpy(), [1.0, 2.0])
     np.testing.assert_allclose(dense.kernel.numpy(), 0.9 * before, 1e-6)
 
@@ -201,7 +209,7 @@ def test_weight_decay_exclusions():
     "options, compiling",
     [
         ({}, {"jit_compile": False}),
-        ({}, {"jit_compile": True}),
+        pytest.param({}, {"jit_compile": True}, marks=xla),
         ({"gradient_accumulation_steps": 3}, {}),
         (
             {
@@ -210,7 +218,7 @@ def test_weight_decay_exclusions():
                 "weight_decay": 0.01,
                 "global_clipnorm": 1.0,
             },
-            {"steps_per_execution": 4},
+            {"steps_per_execution": PER_EXECUTION},
         ),
         ({"mixed": True, "learning_rate": SCHEDULE}, {}),
     ],
@@ -225,11 +233,14 @@ def test_resumes_bit_for_bit(options, compiling, tmp_path):
         model = mlp(DiagonalNewton(**options), **compiling)
         fit(model, 2)
         model.save(tmp_path / "model.keras")
+        # With `use_ema` on JAX, Keras leaves weights and their averages in the same
+        # buffers, and the next `fit` fails, whatever the optimizer (3.15.1).
+        model.set_weights(model.get_weights())
         fit(model, 2)
         again = keras.models.load_model(tmp_path / "model.keras")
         with warnings.catch_warnings():
             # In particular not the one that curvature is missing.
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             fit(again, 2)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -255,8 +266,8 @@ def test_mixed_float16():
     inner = outer.inner_optimizer
     assert {v.dtype for v in inner._curvatures} == {"float32"}
     before = [v.numpy() for v in inner.variables]
-    shapes = [v.shape for v in model.trainable_variables]
-    tf.function(outer.apply)([tf.fill(s, np.float32(np.inf)) for s in shapes])
+    x, y = data()
+    model.train_on_batch(x, np.inf * y)
     assert_same(before, [v.numpy() for v in inner.variables])
 
 
@@ -277,7 +288,7 @@ def test_embedding(options):
         hidden = (
             table(inputs)
             if sparse
-            else layers.Dense(2, use_bias=False)(keras.ops.one_hot(inputs, 6))
+            else layers.Dense(2, use_bias=False)(ops.one_hot(inputs, 6))
         )
         outputs = layers.Dense(1)(layers.Flatten()(hidden))
         model = keras.Model(inputs, outputs)
@@ -338,6 +349,7 @@ def test_trains_without_curvature():
     assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs each step as it is")
 def test_deliveries_do_not_retrace():
     model = mlp(DiagonalNewton())
     traces = []
@@ -350,8 +362,12 @@ def test_deliveries_do_not_retrace():
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed_float16"])
-def test_two_replicas(mirrored, mixed):
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own distribution")
+def test_two_replicas(request, mixed):
     """`MirroredStrategy`: as on one device; deliveries come from outside its scope."""
+    import tensorflow as tf
+
+    mirrored = request.getfixturevalue("mirrored")
     keras.config.set_dtype_policy("mixed_float16" if mixed else "float32")
     try:
         ends = []
