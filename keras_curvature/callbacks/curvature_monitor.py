@@ -324,7 +324,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     def _look(self):
         start = time.perf_counter()
-        operator = self._operator
+        # Read first: in mid-epoch on JAX the variables are empty until Keras is asked
+        # for the model, which is when it brings their values from the training step.
+        model, operator = self.model, self._operator
         if self._batches is not None and self._used:
             operator.set_data(*self._next_batch())
         self._used = True
@@ -332,12 +334,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "step": self._step(),
             "epoch": self._epoch,
             "loss": number(operator.loss()).item(),
-            "learning_rate": learning_rate(self.model),
+            "learning_rate": learning_rate(model),
         }
-        record.update(
-            self._measurement.take(self.model, operator, self._pace.num_matvecs)
-        )
-        record["optimizer"] = optimizer_figures(self.model)
+        record.update(self._measurement.take(model, operator, self._pace.num_matvecs))
+        record["optimizer"] = optimizer_figures(model)
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead
         return record
