@@ -42,6 +42,9 @@ MAX_MATVECS = 10_000
 CONTROL_PASSES = 4
 CONTROL_NOISE = 0.5
 
+#: Keeps the draws of samples at the layers' outputs apart from those of estimators.
+_PURPOSE = 4
+
 #: Samples of the diagonal when neither a budget nor a tolerance is given.
 LAYERWISE_SAMPLES = 8
 
@@ -210,8 +213,9 @@ def diagonal_moments(
         drawn = estimators.check_budget(num_matvecs, tolerance)
         control = _controlled(operator, plan, control_variate, drawn, seed)
         draw = _layerwise(operator, groups, control).samples
+    key = estimators.seed_key(seed, _PURPOSE)
     return estimators.sampled_moments(
-        lambda start, width: draw(seed, start, width),
+        lambda start, width: draw(key, start, width),
         num_matvecs,
         tolerance,
         operator.sizes,

@@ -204,7 +204,7 @@ def _full_precision(layer: Any) -> str:
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap) and layer.path:
         policy = policy[layer.path]
     quantized, separator, _ = policy.name.rpartition("_from_")
-    return quantized + separator + dtype
+    return str(quantized + separator + dtype)
 
 
 def _policy_restorer(layer: Any) -> Callable[[], None]:

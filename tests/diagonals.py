@@ -8,8 +8,15 @@ import numpy as np
 import reference
 from keras import layers, ops
 
-from keras_curvature.operators import ExactDiagonal, HessianOperator, LayerwiseDiagonal
-from keras_curvature.operators.exact_diagonal import Plan
+from keras_curvature.estimators import seed_key
+from keras_curvature.layerwise import (
+    ExactDiagonal,
+    GaussNewtonDiagonal,
+    LayerwiseDiagonal,
+    Plan,
+    find_structure,
+)
+from keras_curvature.operators import HessianOperator
 
 #: Layers with a rule in odd shapes: name to input shape and layer.
 LAYERS = {
@@ -208,23 +215,45 @@ def by_differences(case, **kwargs):
     return np.diag(reference.hessian_by_differences(case, **kwargs))
 
 
+def structure(op):
+    """What is known of the layers of an operator's model."""
+    return op.evaluation.once(find_structure)
+
+
 def by_way(op, way):
     """The exact diagonal with all variables taking one way, as a NumPy vector."""
-    plan = Plan({v.path: way for v in op.variables}, 0)
-    return np.asarray(ExactDiagonal(op.layer_outputs).compute(plan))
+    plan = Plan(dict.fromkeys(op.evaluation.loss.layout.names, way), 0)
+    return np.asarray(ExactDiagonal(op.evaluation).compute(plan))
 
 
 def exact(op):
     """The exact diagonal by the cheapest ways, and the plan of it."""
-    diagonal = ExactDiagonal(op.layer_outputs)
+    diagonal = op.evaluation.once(ExactDiagonal)
     plan = diagonal.plan()
     return np.asarray(diagonal.compute(plan)), plan
 
 
+def gauss_newton(op):
+    """The exact Gauss–Newton diagonal, as a NumPy vector."""
+    return np.asarray(op.evaluation.once(GaussNewtonDiagonal).compute()[0])
+
+
+def sampler(op, *arguments):
+    """`draw(seed, start, width)` of samples at the layers' outputs."""
+    return drawing(LayerwiseDiagonal(op.evaluation, *arguments).samples)
+
+
+def drawing(samples):
+    """`draw(seed, start, width)` of some `Samples`, as NumPy arrays."""
+    return lambda seed, start, width: np.asarray(
+        samples(seed_key(seed, 4), start, width)
+    )
+
+
 def samples_of(op, count, seed=0, width=4):
     """Samples of the diagonal, `(P, count)`, a few of them in each call."""
-    draw = LayerwiseDiagonal(op.layer_outputs).diagonal_samples
-    parts = [np.asarray(draw(seed, i, width)) for i in range(0, count, width)]
+    draw = sampler(op)
+    parts = [draw(seed, i, width) for i in range(0, count, width)]
     return np.concatenate(parts, axis=1)
 
 

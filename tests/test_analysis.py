@@ -10,11 +10,16 @@ import cases
 import keras
 import numpy as np
 import pytest
-import reference
-import tensorflow as tf
 
 import keras_curvature as kc
-from keras_curvature import analysis
+from keras_curvature import analysis, backend
+
+if keras.backend.backend() != "tensorflow":
+    # Elsewhere Keras computes in float32: see `operators/test_hessian_anywhere.py`.
+    pytest.skip("figures in float64", allow_module_level=True)
+
+import reference
+import tensorflow as tf
 
 pytestmark = pytest.mark.usefixtures("module_float64")
 
@@ -103,9 +108,9 @@ def test_same_operator_again_and_again():
     second = kc.hessian_diagonal(op, method="exact")
     np.testing.assert_array_equal(flat(first.value), flat(second.value))
     assert first.num_matvecs == second.num_matvecs
-    count = sum(f.traces() for f in op._compiled.values())
+    count = backend.num_traces()
     kc.hessian_diagonal(op, method="exact")
-    assert sum(f.traces() for f in op._compiled.values()) == count
+    assert backend.num_traces() == count
 
 
 def test_figures_follow_the_weights():
@@ -137,10 +142,11 @@ def test_auto_is_exact_where_the_budget_allows(budget, cost):
 
 def test_auto_samples_what_is_dear(monkeypatch):
     monkeypatch.setattr(analysis, "AFFORDABLE_MATVECS", 2)
-    estimate = kc.hessian_diagonal(operator("mlp_tanh"))
+    # With a single hidden layer the control variate leaves no noise at all.
+    estimate = kc.hessian_diagonal(operator("mlp_gelu"))
     assert estimate.num_matvecs == analysis.LAYERWISE_SAMPLES
     assert 0 < estimate.relative_standard_error < np.inf
-    assert kc.hessian_trace(operator("mlp_tanh")).standard_error > 0
+    assert kc.hessian_trace(operator("mlp_gelu")).standard_error > 0
     norm = kc.hessian_frobenius_norm(operator("mlp_relu"))
     assert norm.standard_error > 0 and norm.num_matvecs == 32
 

@@ -4,15 +4,15 @@ import json
 import math
 import types
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
-from keras_curvature import record
+from keras_curvature import backend, record
 from keras_curvature.estimators import Estimate
 from keras_curvature.estimators.deflation import DeflatedMoments
 from keras_curvature.estimators.moments import Moments
+from keras_curvature.loss import layout_of
 from keras_curvature.tensorboard import signed_log
 
 SIZES = [6, 2, 4]
@@ -26,10 +26,11 @@ PARTS = np.split(DIAGONAL, np.cumsum(SIZES)[:-1])
 @pytest.fixture
 def operator():
     paths = ["net/conv/kernel", "net/conv/bias", "net/block/dense/kernel"]
+    layout = types.SimpleNamespace(names=paths, sizes=SIZES)
+    model = types.SimpleNamespace(name="net")
+    loss = types.SimpleNamespace(model=model, layout=layout)
     return types.SimpleNamespace(
-        variables=[types.SimpleNamespace(path=p) for p in paths],
-        sizes=SIZES,
-        probe=types.SimpleNamespace(model=types.SimpleNamespace(name="net")),
+        sizes=SIZES, evaluation=types.SimpleNamespace(loss=loss)
     )
 
 
@@ -39,8 +40,8 @@ def moments(error=0.5):
         for i, p in enumerate(PARTS)
     )
     trace = Estimate(float(DIAGONAL.sum()), error, 4, blocks)
-    value = tf.constant(DIAGONAL, "float64")
-    return Moments(trace, None, Estimate(value, tf.zeros_like(value), 4), 4)
+    value = backend.array(DIAGONAL, backend.wide_float())
+    return Moments(trace, None, Estimate(value, ops.zeros_like(value), 4), 4)
 
 
 def deflated(values=(-7.0, 5.0, 1.0), error=2.0):
@@ -204,13 +205,12 @@ def test_no_hessian_at_all(operator):
 
 
 def test_paths_of_a_real_model_and_of_a_function(operator):
-    operator.probe = types.SimpleNamespace()  # A function: no model, no prefix.
+    del operator.evaluation.loss.model  # A function: no model, no prefix.
     variables = record.variable_figures(operator)
     assert variables[0]["layer"] == "net/conv"
-    variable = keras.Variable([1.0], name="alone")
-    operator.variables, operator.sizes = [variable], [1]
+    operator.evaluation.loss.layout = layout_of([np.ones(1)])
     (figures,) = record.variable_figures(operator)
-    assert figures["layer"] == figures["path"] == variable.path
+    assert figures["layer"] == figures["path"] == "parameter 0"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import cases
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_curvature as kc
 from keras_curvature import estimators
@@ -123,6 +122,7 @@ def test_whole_data_sets(figure, kind, capsys):
     model, x, y, *_ = cases.mlp_relu()
     data = Batches(x, y)
     if kind == "dataset":
+        tf = pytest.importorskip("tensorflow")
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
     function = FIGURES[figure]
     expected = function(model, x, y, verbose=False)

@@ -38,8 +38,9 @@ def find_structure(evaluation: Evaluation) -> Structure:
     Raises:
         ValueError: for the loss of a plain function.
     """
-    structure = survey(evaluation)
+    structure, not_linear = survey(evaluation)
     if not structure.uses:
+        _warn(not_linear)
         return structure
 
     def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,21 +53,25 @@ def find_structure(evaluation: Evaluation) -> Structure:
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
     errors = ops.convert_to_numpy(errors)
     wrong = {n for n, e in zip(structure.layers, errors, strict=True) if e > TOLERANCE}
-    if wrong:
-        names = [structure.layers[number][0].path for number in sorted(wrong)]
-        warnings.warn(
-            "The output of these layers does not depend on their variables as "
-            "their layer rules say; they are taken as ordinary parameters: "
-            f"{', '.join(names)}. For layers of Keras, "
-            "this is an error in Keras: look whether a bias along another axis "
-            "than the last one has as many entries as the last axis.",
-            stacklevel=3,
-        )
-        structure = structure.without(wrong)
+    _warn([*not_linear, *(structure.layers[number][0] for number in sorted(wrong))])
+    structure = structure.without(wrong)
     # Independent samples leak an exact zero, but for sums over the batch that cancel;
     # real interaction is orders above.
     interact = bool(ops.convert_to_numpy(leaked) > LEAK)
     return dataclasses.replace(structure, samples_interact=interact)
+
+
+def _warn(layers: list[Any]) -> None:
+    """Names the layers whose rules do not hold."""
+    if layers:
+        warnings.warn(
+            "The output of these layers does not depend on their variables as "
+            "their layer rules say; they are taken as ordinary parameters: "
+            f"{', '.join(layer.path for layer in layers)}. For layers of Keras, "
+            "this is an error in Keras: look whether a bias along another axis "
+            "than the last one has as many entries as the last axis.",
+            stacklevel=4,
+        )
 
 
 def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tensor:

@@ -64,29 +64,32 @@ class Samples:
         """P, the number of entries of the diagonal."""
         return self._layout.size
 
-    def __call__(self, seed: int, start: int, width: int) -> Tensor:
+    def __call__(self, key: Tensor, start: int, width: int) -> Tensor:
         """Samples number `start … start + width − 1`.
 
         Args:
-            seed: integer seed. A sample is a function of seed, number and the model's
-                state alone.
+            key: a key, for `backend.fold_in`. A sample is a function of key, number
+                and the model's state alone.
             start: number of the first one.
             width: how many; they share one forward pass and gradient.
 
         Returns:
             Tensor `(P, width)`, on the device.
         """
-        keys = np.array([[seed, start + i] for i in range(width)], "int32")
-        return self._mean(backend.array(keys))
+        numbers = np.arange(start, start + width, dtype="int32")
+        return self._mean(key, backend.array(numbers))
 
-    def _draw(self, state: State, batch: Batch, keys: Tensor, number: Tensor) -> Tensor:
+    def _draw(
+        self, state: State, batch: Batch, key: Tensor, numbers: Tensor, number: Tensor
+    ) -> Tensor:
         draw = self._prepared(state, batch)
 
         def sample(i: Any) -> Tensor:
             # Fresh signs for each sample and each batch of the data.
-            return self._layout.joined(draw(backend.fold_in(keys[i], number)))
+            own = backend.fold_in(backend.fold_in(key, numbers[i]), number)
+            return self._layout.joined(draw(own))
 
-        return ops.transpose(backend.loop_range(sample, ops.shape(keys)[0]))
+        return ops.transpose(backend.loop_range(sample, ops.shape(numbers)[0]))
 
 
 class LayerwiseDiagonal:

@@ -187,16 +187,21 @@ def rules_for(loss: TrainingLoss) -> dict[int, tuple[Any, LayerRule]]:
     }
 
 
-def survey(evaluation: Evaluation) -> Structure:
+def survey(evaluation: Evaluation) -> tuple[Structure, list[Any]]:
     """What can be known of a model's layers without running it.
 
     Args:
         evaluation: of a `TrainingLoss`.
 
+    Returns:
+        What is known, and the layers whose rules are wrong, which are left out of it:
+        their paths depend on the very variables that they should be linear in.
+
     Raises:
         ValueError: for the loss of a plain function.
     """
-    return _Survey(evaluation).structure()
+    found = _Survey(evaluation)
+    return found.structure(), found.not_linear()
 
 
 class _Survey:
@@ -267,7 +272,8 @@ class _Survey:
             )
         return {
             "loss": loss,
-            "received": [m.received + i for m, i in zip(met, inputs, strict=True)],
+            "received": [m.received for m in met],
+            "inputs": inputs,
             "places": [m.output for m in met],
             "values": [g.value for g in self._given],
             "before": [g.before for g in self._given],
@@ -305,6 +311,23 @@ class _Survey:
         )
         return Structure(self._loss, uses, direct, outputs, shapes, self._signature)
 
+    def not_linear(self) -> list[Any]:
+        """Layers whose paths depend on a variable that nothing they received does."""
+        return [
+            use.layer
+            for use, received, inputs in zip(
+                self._uses.values(),
+                self._origins["received"],
+                self._origins["inputs"],
+                strict=True,
+            )
+            if any(
+                self._held_at[i] in frozenset[int]().union(*inputs)
+                and self._held_at[i] not in frozenset[int]().union(*received)
+                for i in use.variables
+            )
+        ]
+
     def _acting_directly(self) -> set[int]:
         """Variables that reach the loss in other ways than through the places."""
         return {i for i in range(len(self._held_at)) if i in self._origins["loss"]}
@@ -324,11 +347,12 @@ class _Survey:
             self._uses.values(),
             self._met.values(),
             self._origins["received"],
+            self._origins["inputs"],
             self._origins["places"],
             strict=True,
         )
-        for use, met, received, output in rows:
-            reached = frozenset[int]().union(*received)
+        for use, met, received, inputs, output in rows:
+            reached = frozenset[int]().union(*received, *inputs)
             for i in use.variables:
                 variable = self._loss.variables[i]
                 # Another use feeds this one: its inputs move with the variable, which

@@ -10,8 +10,9 @@ from diagonals import assert_close, assert_unbiased, operator
 from keras import layers, losses, ops, regularizers
 
 import keras_curvature as kc
-from keras_curvature.layer_rules import paths
-from keras_curvature.operators import GaussNewtonDiagonal, gauss_newton
+from keras_curvature.layerwise.rules import paths
+from keras_curvature.layerwise import GaussNewtonDiagonal, gauss_newton
+from keras_curvature.layerwise import outputs as outputs_module
 
 
 def dense(case, in_front=None):
@@ -194,13 +195,12 @@ def test_equals_the_dense_matrix(name, float64):
             loss_weights={"first": 0.3, "second": 2.0},
         )
     op = operator(case)
-    gn = GaussNewtonDiagonal(op.layer_outputs)
+    gn = GaussNewtonDiagonal(op.evaluation)
     expected = dense(case, in_front)
-    assert_close(gn.compute(), expected, rtol=1e-10)
+    assert_close(gn.compute()[0], expected, rtol=1e-10)
     assert np.all(expected >= 0)
-    samples = np.concatenate(
-        [np.asarray(gn.diagonal_samples(0, i, 1)) for i in range(128)], axis=1
-    )
+    draw = diagonals.drawing(gn.samples)
+    samples = np.concatenate([draw(0, i, 1) for i in range(128)], axis=1)
     assert samples.min() >= 0
     assert_unbiased(samples, expected)
 
@@ -208,11 +208,8 @@ def test_equals_the_dense_matrix(name, float64):
 def test_number_of_passes(float64):
     case, _ = LOSSES["mse"]()
     op = operator(case)
-    assert GaussNewtonDiagonal(op.layer_outputs).num_matvecs is None
     estimate = kc.hessian_diagonal(op, method="gauss_newton")
     assert estimate.num_matvecs == 2
-    # Known to others that share the operator and its graphs.
-    assert GaussNewtonDiagonal(op.layer_outputs).num_matvecs == 2
     again = kc.hessian_diagonal(op, method="gauss_newton")
     for a, b in zip(estimate.value, again.value, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -224,7 +221,7 @@ def test_little_memory_gives_the_same(float64, monkeypatch):
     for name in ("sparse from logits", "separable convolution last"):
         case, in_front = LOSSES[name]()
         op = operator(case)
-        value = GaussNewtonDiagonal(op.layer_outputs).compute()
+        value = diagonals.gauss_newton(op)
         assert_close(value, dense(case, in_front), rtol=1e-10)
 
 
@@ -232,7 +229,7 @@ def test_data_sets_with_a_smaller_last_batch(float64):
     case, _ = LOSSES["sparse from logits"]()
     data = tf.data.Dataset.from_tensor_slices((case.x, case.y)).batch(4)
     op = kc.HessianOperator(case.model, data)
-    value = GaussNewtonDiagonal(op.layer_outputs).compute()
+    value = diagonals.gauss_newton(op)
     assert_close(value, dense(case), rtol=1e-10)
 
 
@@ -261,8 +258,7 @@ def test_penalties_are_included(regularizer, lookalike, float64):
     hessian = outer.jacobian(gradient, kernel.value).numpy().reshape(8, 8)
     expected = dense(case)
     expected[16:24] += np.diag(hessian)
-    gn = GaussNewtonDiagonal(op.layer_outputs)
-    assert_close(gn.compute(), expected, rtol=1e-10)
+    assert_close(diagonals.gauss_newton(op), expected, rtol=1e-10)
 
 
 def test_loss_without_the_outputs_of_the_model(float64):
@@ -274,7 +270,7 @@ def test_loss_without_the_outputs_of_the_model(float64):
 
     op = operator(case, loss_fn=loss_fn, variables=list(first.variables))
     with pytest.raises(ValueError, match="does not call the model"):
-        GaussNewtonDiagonal(op.layer_outputs).compute()
+        diagonals.gauss_newton(op)
     assert_close(diagonals.exact(op)[0], np.diag(op.to_dense()))
 
 
@@ -312,23 +308,31 @@ def connected_words():
 def test_blocks_of_positions(interact, float64):
     case = connected_words() if interact else words()
     op = operator(case)
-    gn = GaussNewtonDiagonal(op.layer_outputs)
-    assert gn.positions_interact == interact
-    draws = [np.asarray(gn.diagonal_samples(0, i, 4)) for i in range(0, 256, 4)]
-    samples = np.concatenate(draws, axis=1)
+    gn = GaussNewtonDiagonal(op.evaluation)
+    assert gn._positions_interact() == interact
+    draw = diagonals.drawing(gn.samples)
+    samples = np.concatenate([draw(0, i, 4) for i in range(0, 256, 4)], axis=1)
     assert samples.min() >= 0
-    assert_unbiased(samples, np.asarray(gn.compute()))
+    assert_unbiased(samples, np.asarray(gn.compute()[0]))
 
 
 def test_an_output_hessian_too_large_for_memory_is_refused(float64, monkeypatch):
-    monkeypatch.setattr(gauss_newton, "HESSIAN_ELEMENTS", 6 * 3 * 5 * 5)
-    for case in (words(), connected_words()):
-        gn = GaussNewtonDiagonal(operator(case).layer_outputs)
-        if gn.positions_interact:
-            with pytest.raises(ValueError, match="too large.*1,350 numbers"):
-                gn.diagonal_samples(0, 0, 1)
-        else:
-            gn.diagonal_samples(0, 0, 1)
+    monkeypatch.setattr(outputs_module, "HESSIAN_ELEMENTS", 6 * 3 * 5 * 5)
+    diagonals.drawing(GaussNewtonDiagonal(operator(words()).evaluation).samples)(
+        0, 0, 1
+    )
+    connected = GaussNewtonDiagonal(operator(connected_words()).evaluation)
+    with pytest.raises(ValueError, match="too large.*1,350 numbers"):
+        diagonals.drawing(connected.samples)(0, 0, 1)
+
+
+def test_the_limit_of_passes_is_that_of_the_call(float64):
+    """Not the one of an earlier call: neither after a success nor after a refusal."""
+    gn = GaussNewtonDiagonal(operator(words()).evaluation)
+    for _ in range(2):
+        assert gn.compute(max_matvecs=100)[1] == 15
+        with pytest.raises(ValueError, match="takes 15 backward passes"):
+            gn.compute(max_matvecs=1)
 
 
 def test_too_many_backward_passes_are_refused(float64):

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_curvature as kc
-from keras_curvature.layer_rules import Elementwise, LayerRule, replaced, rule, rule_for
+from keras_curvature.layerwise.rules import Elementwise, LayerRule, rule, rule_for
 
 
 class Scale(layers.Layer):
@@ -45,7 +45,7 @@ def check(case, way):
     op = diagonals.operator(case)
     value, _ = diagonals.exact(op)
     diagonals.assert_close(value, diagonals.by_differences(case))
-    assert op.layer_outputs.coverage[case.model.layers[-1].scale.path] == way
+    assert diagonals.structure(op).coverage[case.model.layers[-1].scale.path] == way
     return op
 
 
@@ -65,7 +65,7 @@ def test_a_wrong_rule_is_found_out(scale_rule, float64):
     case = scaled(lambda layer, x: layer(x, twice=True))
     with pytest.warns(UserWarning, match="layer rules say.*scale"):
         op = check(case, "parameters")
-    assert "layer outputs" in op.layer_outputs.coverage.values()
+    assert "layer outputs" in diagonals.structure(op).coverage.values()
 
 
 def test_a_rule_for_a_layer_that_is_not_linear_is_found_out(scale_rule, float64):
@@ -94,7 +94,7 @@ def test_bias_that_keras_adds_along_another_axis_is_found_out(float64):
     with pytest.warns(UserWarning, match="einsum_dense.*error in Keras"):
         value, _ = diagonals.exact(op)
     diagonals.assert_close(value, diagonals.by_differences(case))
-    assert set(op.layer_outputs.coverage.values()) == {"parameters"}
+    assert set(diagonals.structure(op).coverage.values()) == {"parameters"}
 
 
 def test_a_rule_serves_subclasses_that_inherit_the_call():
@@ -134,19 +134,6 @@ def test_rule_without_paths_says_so():
         LayerRule().paths(None, None, None)
 
 
-def test_replaced_restores_what_was_there():
-    layer = layers.Dense(2)
-    original = layer.call
-    with pytest.raises(RuntimeError), replaced(layer, "call", len):
-        assert layer.call is len
-        raise RuntimeError
-    assert layer.call == original and "call" not in layer.__dict__
-    layer.__dict__["call"] = abs
-    with replaced(layer, "call", len):
-        pass
-    assert layer.__dict__["call"] is abs
-
-
 def test_lora_and_plain_layers_together():
     case = diagonals.mixing(layers.Input((3,)), layers.Dense(3), layers.Dense(2))
     case.model.layers[0].enable_lora(2)
@@ -157,5 +144,5 @@ def test_lora_and_plain_layers_together():
     diagonals.assert_close(value, np.diag(op.to_dense()), rtol=1e-5)
     ways = {path.split("/")[-1]: way for path, way in plan.ways.items()}
     assert ways["lora_kernel_a"] == ways["lora_kernel_b"] == "parameters"
-    assert "layer outputs" in op.layer_outputs.coverage.values()
+    assert "layer outputs" in diagonals.structure(op).coverage.values()
     assert isinstance(case.model, keras.Model)

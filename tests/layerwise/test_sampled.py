@@ -9,7 +9,7 @@ from diagonals import assert_unbiased, mixing, probed
 from keras import layers, ops
 
 import keras_curvature as kc
-from keras_curvature.operators import ExactDiagonal, LayerwiseDiagonal
+from keras_curvature.layerwise import ExactDiagonal, LayerwiseDiagonal
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def operator(module_float64):
 
 
 def samples(operator, groups="joint", control_variate=False, count=240):
-    sampler = LayerwiseDiagonal(operator.layer_outputs, groups, control_variate)
-    parts = [sampler.diagonal_samples(0, i, 4).numpy() for i in range(0, count, 4)]
+    draw = diagonals.sampler(operator, groups, control_variate)
+    parts = [draw(0, i, 4) for i in range(0, count, 4)]
     return np.concatenate(parts, axis=1)
 
 
@@ -62,20 +62,20 @@ def test_hessian_diagonal_takes_groups(operator):
 @pytest.mark.parametrize("groups", ["layers", [["no such layer"]], ["dense"]])
 def test_unknown_groups_are_refused(operator, groups):
     with pytest.raises(ValueError, match="Received: groups="):
-        LayerwiseDiagonal(operator.layer_outputs, groups)
+        LayerwiseDiagonal(operator.evaluation, groups)
 
 
 # The control variate
 
 
 def controllable(op):
-    return ExactDiagonal(op.layer_outputs).plan().num_outputs < np.inf
+    return op.evaluation.once(ExactDiagonal).plan().num_outputs < np.inf
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_control_variate_is_unbiased(name, float64):
     _, op, expected = probed(name)
-    if op.layer_outputs.samples_interact or not controllable(op):
+    if diagonals.structure(op).samples_interact or not controllable(op):
         pytest.skip("There is no Gauss-Newton part to tell from the rest.")
     # Groups and the control variate are told apart where their products are chosen.
     groups = "layer" if name == "transformer" else "joint"
@@ -87,7 +87,7 @@ def test_most_cases_have_a_control_variate(float64):
     without = {
         name
         for name in cases.CASES
-        if probed(name).op.layer_outputs.samples_interact
+        if probed(name).diagonals.structure(op).samples_interact
         or not controllable(probed(name).op)
     }
     assert without == {"add_loss", "batch_norm_training"}
@@ -112,7 +112,7 @@ def test_what_the_control_variate_does_to_the_noise_is_known_beforehand(fits, fl
         np.square(samples(op, control_variate=c, count=128) - truth).sum()
         for c in (False, True)
     )
-    told = ExactDiagonal(op.layer_outputs).plan().noise_without
+    told = ExactDiagonal(op.evaluation).plan().noise_without
     assert (controlled / plain < 0.1) == fits == (told < 0.1)
     if fits:
         estimate = kc.hessian_diagonal(op, method="layerwise", num_matvecs=8)
@@ -184,5 +184,5 @@ def test_layers_that_are_used_after_the_outputs_of_the_model(float64):
     truth = np.diag(op.to_dense())
     np.testing.assert_allclose(diagonals.exact(op)[0], truth, rtol=1e-6, atol=1e-9)
     assert not controllable(op)
-    assert set(op.layer_outputs.coverage.values()) == {"layer outputs"}
+    assert set(diagonals.structure(op).coverage.values()) == {"layer outputs"}
     assert_unbiased(samples(op, count=256), truth)

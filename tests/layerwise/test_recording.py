@@ -9,7 +9,9 @@ from diagonals import assert_close, assert_unbiased, operator, samples_of
 from keras import layers, ops
 
 import keras_curvature as kc
-from keras_curvature.operators.recording import Recording, unique_names
+from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.rules import rule_for
+from keras_curvature.loss import unique_names
 
 
 def functional(inputs, outputs, samples=4, x=None):
@@ -138,7 +140,7 @@ class AddsLosses(layers.Dense):
         return super().call(inputs)
 
 
-class AddsLossesRule(type(kc.layer_rules.rule_for(layers.Dense(2)))):
+class AddsLossesRule(type(rule_for(layers.Dense(2)))):
     pass
 
 
@@ -180,9 +182,9 @@ def test_structures(make, ways, float64):
         expected = diagonals.by_differences(case)
     value, _ = diagonals.exact(op)
     assert_close(value, expected)
-    if not op.layer_outputs.samples_interact:
+    if not diagonals.structure(op).samples_interact:
         assert_unbiased(samples_of(op, 64, width=1), expected)
-    coverage = op.layer_outputs.coverage
+    coverage = diagonals.structure(op).coverage
     assert list(coverage) == [v.path for v in case.model.trainable_variables]
     assert list(coverage.values()) == ways
 
@@ -201,9 +203,9 @@ def test_structures(make, ways, float64):
     ],
 )
 def test_variables_that_no_rule_covers(name, parameters):
-    outputs = diagonals.probed(name).op.layer_outputs
-    assert outputs.samples_interact == (name == "add_loss")
-    assert list(outputs.coverage.values()).count(PARAMETERS) == parameters
+    structure = diagonals.structure(diagonals.probed(name).op)
+    assert structure.samples_interact == (name == "add_loss")
+    assert list(structure.coverage.values()).count(PARAMETERS) == parameters
 
 
 def test_some_of_the_variables(float64):
@@ -219,7 +221,7 @@ def test_some_of_the_variables(float64):
     assert_close(value[12:14], full[-2:])
     assert_close(value[14:], full[12:16])
     assert_unbiased(samples_of(op, 64, width=1), value)
-    assert op.layer_outputs.coverage[first.bias.path] == PARAMETERS
+    assert diagonals.structure(op).coverage[first.bias.path] == PARAMETERS
 
     op = operator(case, variables=[frozen.kernel])
     dense = np.diag(op.to_dense())
@@ -233,10 +235,10 @@ def test_some_of_the_variables(float64):
 def test_shifts_leave_the_loss_as_it_is(name, outputs, float64):
     _, op, _ = diagonals.probed(name)
 
-    def loss(batch):
-        return Recording(op.probe, batch, op.layer_outputs.rules, outputs).tapes.loss
-
-    value = op.mean_over_batches(loss, ("test", outputs))
+    structure = diagonals.structure(op)
+    value = op.evaluation.mean_of(
+        lambda state, batch: LayerRecording(structure, state, batch, outputs).loss
+    )()
     np.testing.assert_allclose(value, op.loss(), rtol=1e-14)
 
 
@@ -250,10 +252,10 @@ def test_masks_of_shifted_outputs_are_kept(float64):
     x = np.array([[1, 2, 0], [3, 0, 0]])
     op = operator(cases.Case(model, x, cases._numbers(2, 3, 2)))
 
-    def loss(batch):
-        return Recording(op.probe, batch, op.layer_outputs.rules, True).tapes.loss
-
-    value = op.mean_over_batches(loss, "test")
+    structure = diagonals.structure(op)
+    value = op.evaluation.mean_of(
+        lambda state, batch: LayerRecording(structure, state, batch, True).loss
+    )()
     np.testing.assert_allclose(value, op.loss(), rtol=1e-14)
 
 

@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from keras_curvature.layer_rules import paths as paths_module
-from keras_curvature.layer_rules import rule_for
+from keras_curvature.layerwise.rules import paths as paths_module
+from keras_curvature.layerwise.rules import rule_for
 
 
 def opened(name):

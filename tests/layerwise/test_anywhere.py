@@ -1,0 +1,211 @@
+"""Curvature at the layers' outputs, on every backend and every case.
+
+Each backend's own dense Hessian is the judge here; that is compared with differences of
+the gradient, and with the figures of the other backends.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import cases
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_curvature as kc
+from keras_curvature.layerwise import (
+    ExactDiagonal,
+    GaussNewtonDiagonal,
+    LayerwiseDiagonal,
+    find_structure,
+)
+
+BACKEND = keras.backend.backend()
+
+#: Keras computes in float64 on TensorFlow alone.
+FLOAT = "float64" if BACKEND == "tensorflow" else "float32"
+RTOL = 1e-9 if FLOAT == "float64" else 2e-5
+
+#: Figures of each case, made on TensorFlow in float64 by `python -m figures`.
+FIGURES = json.loads((pathlib.Path(__file__).parent / "figures.json").read_text())
+
+
+def numpy_of(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+class Probed(NamedTuple):
+    """A case, its operator and its dense Hessian."""
+
+    case: Any
+    op: kc.HessianOperator
+    dense: np.ndarray
+
+
+@functools.cache
+def probed(name):
+    with cases.floatx(FLOAT):
+        case = cases.CASES[name]()
+        model, x, y, weight, training = case
+        op = kc.HessianOperator(model, x, y, weight, training=training)
+        return Probed(case, op, op.to_dense().astype("float64"))
+
+
+def close(actual, expected, rtol=RTOL):
+    """Relative to the largest entry."""
+    scale = np.abs(expected).max()
+    assert scale > 1e-4
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)
+
+
+@pytest.fixture(autouse=True)
+def _float():
+    with cases.floatx(FLOAT):
+        yield
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_same_weights_and_data_give_the_same_figures(name):
+    _, op, dense = probed(name)
+    expected = FIGURES[name]
+    np.testing.assert_allclose(numpy_of(op.loss()), expected["loss"], rtol=1e-5)
+    norm = expected["frobenius_norm"]
+    assert abs(np.linalg.norm(dense) - norm) <= 1e-5 * norm
+    # The trace is a sum of terms of both signs, no larger than the norm altogether.
+    assert abs(np.trace(dense) - expected["trace"]) <= 1e-5 * norm * len(dense) ** 0.5
+    close(np.diag(dense), expected["diagonal"], 1e-5)
+    close(dense, dense.T)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_exact_diagonal_is_that_of_the_matrix(name):
+    _, op, dense = probed(name)
+    exact = op.evaluation.once(ExactDiagonal)
+    plan = exact.plan()
+    close(numpy_of(exact.compute(plan)), np.diag(dense))
+    assert plan.num_matvecs <= len(dense)
+
+
+#: Kinds of structure; the noise of the others is no other.
+SAMPLED = [
+    "mlp_gelu",
+    "cnn_depthwise",
+    "embedding_mask",
+    "transformer",
+    "gru_unrolled",
+    "shared_layer",
+    "tied_embedding",
+    "two_outputs",
+    "penalties",
+    "subclassed",
+]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_are_unbiased(name):
+    _, op, dense = probed(name)
+    samples = LayerwiseDiagonal(op.evaluation).samples
+    key = kc.estimators.seed_key(0)
+    drawn = np.concatenate(
+        [numpy_of(samples(key, i, 4)) for i in range(0, 96, 4)], axis=1
+    ).astype("float64")
+    error = drawn.std(axis=1, ddof=1) / drawn.shape[1] ** 0.5
+    distance = np.abs(drawn.mean(axis=1) - np.diag(dense))
+    # Six standard errors, and rounding.
+    assert np.all(distance <= 6 * error + RTOL * np.abs(np.diag(dense)).max())
+    # A sample is a function of key and number alone.
+    np.testing.assert_allclose(
+        numpy_of(samples(key, 5, 1))[:, 0], drawn[:, 5], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_control_variate_is_unbiased():
+    _, op, dense = probed("mlp_gelu")
+    estimate = kc.hessian_diagonal(
+        op, method="layerwise", num_matvecs=32, control_variate=True
+    )
+    distance = np.abs(op.flatten(estimate.value) - np.diag(dense))
+    error = op.flatten(estimate.standard_error)
+    assert np.all(distance <= 6 * error + 1e-4 * np.abs(np.diag(dense)).max())
+
+
+def test_samples_interact_in_batch_normalization():
+    assert probed("batch_norm_training").op.evaluation.once(
+        find_structure
+    ).samples_interact
+    assert not probed("batch_norm").op.evaluation.once(find_structure).samples_interact
+    model, x, y, *_ = cases.batch_norm_training()
+    one = kc.HessianOperator(model, x[:1], y[:1], training=True)
+    assert one.evaluation.once(find_structure).samples_interact
+
+
+def test_gauss_newton():
+    """Equal to the Hessian where the model is piecewise linear; never negative."""
+    _, op, dense = probed("mlp_relu")
+    gauss_newton = op.evaluation.once(GaussNewtonDiagonal)
+    value, passes = gauss_newton.compute()
+    close(numpy_of(value), np.diag(dense), 1e-5)
+    assert passes == 3
+    with pytest.raises(ValueError, match="takes 3 backward passes"):
+        gauss_newton.compute(max_matvecs=1)
+    sampled = kc.hessian_diagonal(op, method="gauss_newton", num_matvecs=64)
+    value, error = op.flatten(sampled.value), op.flatten(sampled.standard_error)
+    assert value.min() >= 0
+    assert np.all(np.abs(value - np.diag(dense)) <= 6 * error + 1e-5 * value.max())
+
+
+class Positions(layers.Layer):
+    """Adds an embedding of the positions, which is computed from constants alone."""
+
+    def __init__(self, length, **kwargs):
+        super().__init__(**kwargs)
+        self.length = length
+        self.table = layers.Embedding(length, 2)
+
+    def build(self, input_shape):
+        self.table.build(())
+
+    def call(self, x):
+        return x + self.table(ops.arange(self.length))
+
+
+def test_a_layer_that_is_called_on_a_constant():
+    # As many positions as samples: their number tells nothing.
+    inputs = layers.Input((4, 2))
+    x = layers.Dense(2, activation="tanh")(Positions(4)(inputs))
+    model = cases.functional(inputs, layers.Dense(2)(layers.Flatten()(x)))
+    x, y = cases._numbers(4, 4, 2), cases._numbers(4, 2, seed=1)
+    op = kc.HessianOperator(model, x, y)
+    coverage = op.evaluation.once(find_structure).coverage
+    assert list(coverage.values()).count("parameters") == 1
+    diagonal = kc.hessian_diagonal(op, method="exact")
+    close(op.flatten(diagonal.value), np.diag(op.to_dense()))
+
+
+def test_batches_of_other_lengths_than_the_first():
+    inputs = layers.Input((None, 2))
+    hidden = layers.Dense(3, activation="tanh")(inputs)
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling1D()(hidden))
+    model = cases.functional(inputs, outputs)
+
+    class Lengths(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return cases._numbers(4, 3 + i, 2, seed=i), cases._numbers(4, 2, seed=1)
+
+    op = kc.HessianOperator(model, Lengths())
+    dense = op.to_dense()
+    diagonal = kc.hessian_diagonal(op, method="exact")
+    close(op.flatten(diagonal.value), np.diag(dense))
+    by_batch = [kc.HessianOperator(model, *Lengths()[i]).to_dense() for i in range(2)]
+    close(dense, np.mean(by_batch, axis=0))
+    sampled = kc.hessian_diagonal(
+        op, method="layerwise", num_matvecs=64, control_variate=False
+    )
+    distance = np.abs(op.flatten(sampled.value) - np.diag(dense))
+    assert np.all(distance <= 6 * op.flatten(sampled.standard_error) + 1e-5)
