@@ -2,9 +2,20 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 import keras_curvature as kc
+
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+ON_JAX = keras.backend.backend() == "jax"
+ON_TORCH = keras.backend.backend() == "torch"
+
+#: Mark for what only some frameworks have.
+only_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="TensorFlow's own")
+several_steps = pytest.mark.skipif(
+    ON_TORCH, reason="On PyTorch, Keras knows no more than one step in an execution."
+)
 
 BATCH = 4
 BATCHES = 10
@@ -53,7 +64,15 @@ def steps(callback):
 
 def state(model):
     """All numbers of a model and its optimizer."""
-    return [v.numpy() for v in model.variables + model.optimizer.variables]
+    return [
+        keras.ops.convert_to_numpy(v)
+        for v in model.variables + model.optimizer.variables
+    ]
+
+
+def told(caught):
+    """The messages among recorded warnings; NumPy also deprecates what Keras does."""
+    return [str(w.message) for w in caught if w.category is UserWarning]
 
 
 def assert_same(first, second):
