@@ -32,6 +32,7 @@ def watch(log_dir, **arguments):
 )
 def test_beside_the_tensorboard_callback(order, update_freq, tmp_path):
     """Each writes its own run; Keras' turns recording off between its writes."""
+    pytest.importorskip("tensorflow", reason="Keras' own callback needs it.")
     monitor = watch(tmp_path)
     board = keras.callbacks.TensorBoard(
         tmp_path, update_freq=update_freq, write_graph=False
