@@ -331,23 +331,15 @@ _GENERATOR = "philox"
 def signs(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
     """See the contract."""
     bits = tf.random.stateless_uniform(shape, key, 0, 2, tf.int32, alg=_GENERATOR)
-    return _shaped(tf.cast(2 * bits - 1, dtype), shape)
+    return tf.cast(2 * bits - 1, dtype)
 
 
 def normal(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
     """See the contract."""
-    numbers = tf.random.stateless_normal(shape, key, dtype=dtype, alg=_GENERATOR)
-    return _shaped(numbers, shape)
+    return tf.random.stateless_normal(shape, key, dtype=dtype, alg=_GENERATOR)
 
 
 def fold_in(key: Tensor, number: Any) -> Tensor:
     """See the contract."""
     key = tf.cast(key, tf.int32)
     return tf.random.experimental.stateless_fold_in(key, number, alg=_GENERATOR)
-
-
-def _shaped(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """`x` with what is known of its shape, also in the body of a loop."""
-    if not tf.executing_eagerly():
-        x.set_shape([n if isinstance(n, int) else None for n in shape])
-    return x

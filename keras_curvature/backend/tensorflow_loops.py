@@ -137,7 +137,7 @@ def loop_range(function: Callable[[Tensor], Any], count: int | Tensor) -> Any:
     """
     static = tf.get_static_value(count)
     if static == 1 or tf.executing_eagerly():
-        results = [function(tf.constant(i)) for i in range(count)]
+        results = [function(tf.constant(i)) for i in range(int(static))]
         return tree.map_structure(lambda *parts: tf.stack(parts), *results)
     # The loop asks for the types of the results before it traces its body. As a
     # function the body is traced first, and only once.
