@@ -46,6 +46,10 @@ def test_figures_are_estimates(names):
     assert names["trace"].value > 0
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="how far the figure lags behind depends on the weights one starts from",
+)
 def test_largest_eigenvalue_agrees_with_the_monitor(names):
     """The operator has the probe data of the monitor, at the weights it saw last."""
     record = names["monitor"].history[-1]
@@ -56,7 +60,9 @@ def test_largest_eigenvalue_agrees_with_the_monitor(names):
 
 
 def test_matrix_of_a_function(names):
-    np.testing.assert_allclose(names["matrix"], [[4, 2], [2, 0]], rtol=1e-6)
+    expected = [[6, 0, 2], [0, 0, 0], [2, 0, 0]]
+    np.testing.assert_allclose(names["matrix"], expected, atol=1e-6)
+    np.testing.assert_allclose(names["by_parameter"]["a"], [6, 0], atol=1e-6)
 
 
 def test_links_lead_somewhere():

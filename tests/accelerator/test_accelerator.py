@@ -45,7 +45,7 @@ def numpy_of(x):
 
 
 def network(dtype="float32"):
-    """Convolution, attention, recurrence and normalization, in a few thousand weights."""
+    """Convolution, attention, recurrence and normalization, all small."""
     inputs = layers.Input((12, 12, 3))
     x = layers.Conv2D(8, 3, activation="gelu", dtype=dtype)(inputs)
     x = layers.MaxPooling2D(dtype=dtype)(x)
