@@ -1,6 +1,9 @@
 """Symmetric matrices with prescribed eigenvalues, and operators that keep records."""
 
 import numpy as np
+from keras import ops
+
+from keras_curvature import backend
 
 #: Name → eigenvalues, given their number.
 SPECTRA = {
@@ -43,26 +46,16 @@ class Recorded:
         self.directions = []
 
     def __matmul__(self, directions):
-        import tensorflow as tf
-
-        assert tf.is_tensor(directions), "An operator on tensors got something else."
-        self.directions.append(directions.numpy())
-        return tf.linalg.matmul(self.dense, directions)
+        assert backend.is_tensor(directions), "Tensors go in where tensors come out."
+        self.directions.append(ops.convert_to_numpy(directions))
+        return backend.array(self.dense, self.dtype.name) @ directions
 
     @property
     def columns(self):
         """All directions so far, one in each column."""
-        return np.concatenate([d.reshape(len(d), -1) for d in self.directions], axis=1)
+        return np.concatenate(self.directions, axis=1)
 
 
-class Interrupted(Recorded):
-    """Ctrl-C after a number of products."""
-
-    def __init__(self, dense, after):
-        super().__init__(dense)
-        self.after = after
-
-    def __matmul__(self, directions):
-        if sum(d.shape[1] for d in self.directions) >= self.after:
-            raise KeyboardInterrupt
-        return super().__matmul__(directions)
+def stop_after(products):
+    """A `progress` that says stop as soon as this many products are made."""
+    return lambda done, total: done < products

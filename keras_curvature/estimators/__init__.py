@@ -1,15 +1,14 @@
 """What products with a symmetric operator tell, each figure with its error."""
 
 from keras_curvature.estimators.deflation import DeflatedMoments
-from keras_curvature.estimators.diagonal import exact_diagonal, hutchinson_diagonal
 from keras_curvature.estimators.eigenvalues import Eigenvalues, eigenvalues
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import (
     Moments,
     exact_moments,
-    frobenius_norm_of_squared,
     hutchinson_moments,
 )
+from keras_curvature.estimators.products import seed_key
 from keras_curvature.estimators.samples_of_diagonal import (
     moments_of_diagonal,
     sampled_moments,
@@ -30,12 +29,10 @@ __all__ = [
     "SpectralDensity",
     "check_budget",
     "eigenvalues",
-    "exact_diagonal",
     "exact_moments",
-    "frobenius_norm_of_squared",
-    "hutchinson_diagonal",
     "hutchinson_moments",
     "moments_of_diagonal",
     "sampled_moments",
+    "seed_key",
     "spectral_density",
 ]

@@ -16,20 +16,25 @@ exactly. It is unbiased for every Q that was chosen before v was drawn.
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
-from keras_curvature.backend import compiled
+from keras_curvature.backend import Tensor, compiled
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
-from keras_curvature.estimators.products import GROUP, block_rows, dot, to_host
+from keras_curvature.estimators.products import block_rows, dot, to_host
 from keras_curvature.estimators.quadratic_forms import (
     error_of_mean,
     mean_of,
     paired_mean,
     students_factor,
 )
+
+_Array = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,82 +49,65 @@ class DeflatedMoments(Moments):
             usually much smaller: it decreases with the square of the residual.
     """
 
-    eigenvalues: np.ndarray
-    residual_norms: np.ndarray
+    squared_frobenius_norm: Estimate
+    eigenvalues: _Array
+    residual_norms: _Array
 
 
 def deflated_moments(
-    products, basis, signs, num_matvecs, block_sizes=None, diagonal=False, partial=False
-):
-    """The figures that Q and random signs tell, and the products they took.
+    basis: Tensor,
+    signs: Tensor,
+    basis_products: Tensor,
+    fresh_products: Tensor,
+    num_matvecs: int,
+    block_sizes: tuple[int, ...] | None = None,
+    diagonal: bool = False,
+) -> DeflatedMoments:
+    """The figures that Q and random signs tell.
 
     Args:
-        products: a `Products`.
         basis: orthonormal Q, tensor `(P, k)`, k ≥ 0.
         signs: fresh signs V, tensor `(P, s)`, s ≥ 0; none when Q spans everything.
+        basis_products: HQ, tensor `(P, k)`.
+        fresh_products: `H outside(Q, V)`, tensor `(P, s)`.
         num_matvecs: number of products to name in the estimates.
         block_sizes: tuple of sizes, or `None`.
         diagonal: whether to estimate the diagonal too.
-        partial: whether Ctrl-C leaves signs out, if at least two are done by then.
-
-    Returns:
-        A `DeflatedMoments`, HQ `(P, k)` and H(I − QQᵀ)V `(P, s)`.
     """
-    k = int(basis.shape[1])
-    columns = ops.concatenate([basis, _remainders(basis, signs)], axis=1)
-    both = (
-        _until_interrupted(products, columns, k + 2) if partial else products(columns)
-    )
-    num_matvecs -= int(columns.shape[1] - both.shape[1])
-    basis_products, fresh_products = both[:, :k], both[:, k:]
-    signs = signs[:, : int(fresh_products.shape[1])]
     measured = _measure(block_sizes, bool(diagonal))(
         basis, signs, basis_products, fresh_products
     )
-    figures = _figures(measured, int(signs.shape[1]), num_matvecs, block_sizes)
-    return figures, basis_products, fresh_products
+    return _figures(measured, int(signs.shape[1]), num_matvecs, block_sizes)
 
 
-def _until_interrupted(products, columns, least):
-    """The products with the first columns, all of them unless Ctrl-C is pressed."""
-    done: list = []
-    try:
-        for start in range(0, int(columns.shape[1]), GROUP):
-            done.append(products(columns[:, start : start + GROUP]))
-    except KeyboardInterrupt:
-        if GROUP * len(done) < least:
-            raise
-    return ops.concatenate(done, axis=1)
-
-
-@compiled
-def _remainders(basis, signs):
-    """`(I − QQᵀ) V`."""
-    return signs - ops.matmul(basis, dot(basis, signs))
+def outside(basis: Tensor, x: Tensor) -> Tensor:
+    """`(I − QQᵀ) X` for an orthonormal Q."""
+    return x - basis @ dot(basis, x)
 
 
 @functools.lru_cache(maxsize=64)
-def _measure(block_sizes, diagonal):
+def _measure(
+    block_sizes: tuple[int, ...] | None, diagonal: bool
+) -> Callable[..., dict[str, Tensor]]:
     """Compiles all that is formed from tall arrays, by block; the rest is small."""
 
-    def measure(Q, V, Z, Y):
+    def measure(Q: Tensor, V: Tensor, Z: Tensor, Y: Tensor) -> dict[str, Tensor]:
         T = dot(Q, Z)
         T = (T + ops.transpose(T)) / 2
-        orthogonal = Z - ops.matmul(Q, T)
-        orthogonal = orthogonal - ops.matmul(Q, dot(Q, orthogonal))
+        # Once more, for what rounding leaves inside of Q.
+        orthogonal = outside(Q, Z - Q @ T)
         inside = dot(Q, Y)
-        R = Y - ops.matmul(Q, inside)  # = BV
-        R = R - ops.matmul(Q, dot(Q, R))
+        R = outside(Q, Y - Q @ inside)  # = BV
         shares = V * R
-        rows = block_rows(block_sizes)
+        all_of_it = ops.concatenate([Q, orthogonal, V, R], axis=1)
 
-        def grams(x):
-            return ops.cast(ops.stack([dot(x[b], x[b]) for b in rows]), "float64")
+        def grams(x: Tensor) -> Tensor:
+            return ops.stack([dot(x[b], x[b]) for b in block_rows(block_sizes)])
 
         measured = {
             "T": T,
             "inside": inside,
-            "grams": grams(ops.concatenate([Q, orthogonal, V, R], axis=1)),
+            "grams": grams(all_of_it),
             "trace diagonal": grams(shares),
             "norm diagonal": dot(ops.square(R), ops.square(R)),
         }
@@ -128,7 +116,7 @@ def _measure(block_sizes, diagonal):
             count = ops.cast(ops.shape(shares)[1], shares.dtype)
             mean = ops.sum(shares, axis=1) / ops.maximum(count, 1)
             squares = ops.sum(ops.square(shares - mean[:, None]), axis=1)
-            known = ops.sum((2 * Z - ops.matmul(Q, T)) * Q, axis=1)
+            known = ops.sum((2 * Z - Q @ T) * Q, axis=1)
             measured["diagonal"] = known + mean
             measured["diagonal error"] = ops.sqrt(
                 squares / ops.maximum(count * (count - 1), 1)
@@ -140,7 +128,12 @@ def _measure(block_sizes, diagonal):
 
 # What is not finite gives figures that are not finite, without further noise.
 @np.errstate(over="ignore", invalid="ignore")
-def _figures(measured, fresh, num_matvecs, block_sizes):
+def _figures(
+    measured: dict[str, Tensor],
+    fresh: int,
+    num_matvecs: int,
+    block_sizes: tuple[int, ...] | None,
+) -> DeflatedMoments:
     """The figures from what was measured on the device.
 
     With W = [Q, Z⊥] and C = [[T, I], [I, 0]], K is `W C Wᵀ`; so the products of the
@@ -168,17 +161,23 @@ def _figures(measured, fresh, num_matvecs, block_sizes):
     norm = grams[:, R, R] + mixed + np.swapaxes(mixed, 1, 2)
     trace = (VR + np.swapaxes(VR, 1, 2)) / 2
 
-    def estimate(known, forms, error, errors, pairs=None):
+    def estimate(
+        known: _Array,
+        forms: _Array,
+        error: _Array | None,
+        errors: _Array | None,
+        pairs: Estimate | None = None,
+    ) -> Estimate:
         values = known + mean_of(forms)
-        shares = ()
+        shares: tuple[Estimate, ...] = ()
         if block_sizes is not None:
-            errors = [None] * len(values) if errors is None else errors.tolist()
+            each = [None] * len(values) if errors is None else errors.tolist()
             shares = tuple(
-                Estimate(float(v), e, num_matvecs)
-                for v, e in zip(values, errors, strict=True)
+                Estimate(v, e, num_matvecs)
+                for v, e in zip(values.tolist(), each, strict=True)
             )
-        error = None if error is None else float(error)
-        return Estimate(float(values.sum()), error, num_matvecs, shares, pairs)
+        total = None if error is None else float(error)
+        return Estimate(float(values.sum()), total, num_matvecs, shares, pairs)
 
     pairs = None
     if block_sizes is not None and fresh != 1:
@@ -189,7 +188,7 @@ def _figures(measured, fresh, num_matvecs, block_sizes):
             np.trace(CW, axis1=1, axis2=2),
             trace,
             error_of_mean(trace_total, trace_diagonal.sum(0), total),
-            error_of_mean(trace, trace_diagonal),
+            error_of_mean(trace, trace_diagonal, grams[:, R, R], of_rows=True),
         ),
         estimate(
             known_rows,
@@ -204,7 +203,9 @@ def _figures(measured, fresh, num_matvecs, block_sizes):
     )
 
 
-def _pairs(CW, CWV, WR, VR, RR):
+def _pairs(
+    CW: _Array, CWV: _Array, WR: _Array, VR: _Array, RR: _Array
+) -> tuple[_Array, _Array | None]:
     """`‖H_ab‖²` for all pairs of blocks, and its standard error.
 
     `‖K_ab‖²` is known. For the rest, with independent signs v and w,
@@ -241,22 +242,22 @@ def _pairs(CW, CWV, WR, VR, RR):
     return known + mean, error
 
 
-def _symmetric(x):
+def _symmetric(x: _Array) -> _Array:
     return (x + np.swapaxes(x, 1, 2)) / 2
 
 
-def _spectral_norm(forms):
+def _spectral_norm(forms: _Array) -> float:
     """About the largest eigenvalue of B at most, from its `(Bvᵢ)ᵀ(Bvⱼ)`.
 
     `‖B‖₂ ≤ ‖B²‖_F^½`, which the variance of `‖Bv‖²`, `2 ‖B²‖_F²`, tells.
     """
-    count = len(forms)
-    if count < 2:
-        return float(mean_of(forms)) ** 0.5
-    return float(error_of_mean(forms, skewed=True) ** 2 * count / 2) ** 0.25
+    error = error_of_mean(forms, skewed=True)
+    if error is None:
+        return math.sqrt(max(float(mean_of(forms)), 0.0))  # Rounding apart.
+    return math.sqrt(error * math.sqrt(len(forms) / 2))
 
 
-def _eigenvalues(T, S, remainder):
+def _eigenvalues(T: _Array, S: _Array, remainder: float) -> tuple[_Array, _Array]:
     """The k dominant eigenvalues of K, and residual norms for H.
 
     In an orthonormal basis of the range of Q and Z⊥, K is `[[T, Eᵀ], [E, 0]]` with

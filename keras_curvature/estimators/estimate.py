@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from keras import ops
+from keras import ops, tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -12,7 +12,7 @@ class Estimate:
     """A figure with its standard error and its price.
 
     Attributes:
-        value: a float, a tensor of shape `(P,)`, or a list of arrays.
+        value: a float, a tensor of shape `(P,)`, or a nested structure of arrays.
         standard_error: standard deviation of `value` over the random directions,
             estimated from their spread; in the form of `value`. Zero for an exact
             figure, `None` when a single sample leaves nothing to compare.
@@ -27,7 +27,7 @@ class Estimate:
     value: Any
     standard_error: Any
     num_matvecs: int
-    blocks: tuple = ()
+    blocks: tuple["Estimate", ...] = ()
     pairs: "Estimate | None" = None
 
     @property
@@ -41,12 +41,12 @@ class Estimate:
             return None
         return ratio(_norm(self.standard_error), _norm(self.value))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         plural = "" if self.num_matvecs == 1 else "s"
         price = f"{self.num_matvecs} matvec{plural}"
         if isinstance(self.value, (int, float)):
             return self._scalar(price)
-        parts = _parts(self.value)
+        parts = tree.flatten(self.value)
         size = sum(math.prod(p.shape) for p in parts)
         if not size:
             return f"no entries ({price})"
@@ -66,7 +66,7 @@ class Estimate:
             f"({quality}, {price})"
         )
 
-    def _scalar(self, price):
+    def _scalar(self, price: str) -> str:
         if self.standard_error is None:
             return f"{self.value:.6g} (no standard error from one sample, {price})"
         if self.standard_error == 0:
@@ -83,18 +83,15 @@ class Estimate:
         return f"{self.value:.{decimals}f} ± {error:.{decimals}f} ({price})"
 
 
-def ratio(error, value):
+def ratio(error: float, value: float) -> float:
     """`error / value` of two norms, where no error at all is zero of anything."""
     if error == 0:
         return 0.0
     return error / value if value else math.inf
 
 
-def _parts(value):
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _norm(value):
+def _norm(value: Any) -> float:
     if isinstance(value, (int, float)):
         return abs(float(value))
-    return math.hypot(*[float(ops.norm(ops.reshape(p, (-1,)))) for p in _parts(value)])
+    # Not `ops.norm`: PyTorch's is off by up to 2 % after 10^7 entries in float32.
+    return math.sqrt(sum(float(ops.sum(ops.square(p))) for p in tree.flatten(value)))

@@ -12,15 +12,25 @@ averaged over all rotations of the directions among each other.)
 """
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import chdtri, stdtrit
 
+_Array = NDArray[np.float64]
 
-def mean_of(forms):
+
+def mean_of(forms: _Array) -> _Array:
     """The mean of the forms, `(…, s, s)` to `(…)`; zero when there are none."""
-    return np.trace(forms, axis1=-2, axis2=-1) / max(forms.shape[-1], 1)
+    mean: _Array = np.trace(forms, axis1=-2, axis2=-1) / max(forms.shape[-1], 1)
+    return mean
 
 
-def error_of_mean(forms, diagonal=0.0, squared_norms=None, skewed=False):
+def error_of_mean(
+    forms: _Array,
+    diagonal: _Array | float = 0.0,
+    squared_norms: _Array | None = None,
+    skewed: bool = False,
+    of_rows: bool = False,
+) -> _Array | None:
     """Standard error of the mean of the forms, such that two cover 95 %.
 
     Widened twice: by Student's t for the few degrees of freedom; and where the forms
@@ -37,6 +47,10 @@ def error_of_mean(forms, diagonal=0.0, squared_norms=None, skewed=False):
         squared_norms: array `(…, s, s)` of `(Mvᵢ)ᵀMvⱼ`, where known: its diagonal
             estimates `‖M‖_F²` as well, better than the mixed forms.
         skewed: whether the forms are squared norms.
+        of_rows: whether the forms are those of a block a of rows, `v_aᵀ(Mv)_a`, and
+            the squared norms those of the rows. Their variance is
+            `‖M_a‖² + ‖M_aa‖² − 2 Σ M_xx²`, of which the forms alone may say much too
+            little; it is at least `‖M_a‖² − Σ M_xx²`.
 
     Returns:
         An array `(…)`; zeros when there are no forms because nothing is random,
@@ -49,10 +63,16 @@ def error_of_mean(forms, diagonal=0.0, squared_norms=None, skewed=False):
         return None
     # What is not finite gives errors that are not finite, without further noise.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return _error_of_mean(forms, diagonal, squared_norms, skewed)
+        return _error_of_mean(forms, diagonal, squared_norms, skewed, of_rows)
 
 
-def _error_of_mean(forms, diagonal, squared_norms, skewed):
+def _error_of_mean(
+    forms: _Array,
+    diagonal: _Array | float,
+    squared_norms: _Array | None,
+    skewed: bool,
+    of_rows: bool,
+) -> _Array:
     count = forms.shape[-1]
     values = np.diagonal(forms, axis1=-2, axis2=-1)
     mean = values.mean(-1)
@@ -65,9 +85,9 @@ def _error_of_mean(forms, diagonal, squared_norms, skewed):
     if squared_norms is not None:
         norms = np.diagonal(squared_norms, axis1=-2, axis2=-1).mean(-1)
         mixed = _mixed(diagonal * np.ones_like(forms)) / (count * (count - 1))
-        variance = np.maximum(variance, 2 * (norms - mixed))
-    error = np.sqrt(np.maximum(variance, 0) / count)
-    widened = error * students_factor(degrees)
+        variance = np.maximum(variance, (1 if of_rows else 2) * (norms - mixed))
+    error: _Array = np.sqrt(np.maximum(variance, 0) / count)
+    widened: _Array = error * students_factor(degrees)
     if skewed:
         # The square of the mean is too large by its variance. For a single
         # eigenvalue this makes the degrees of freedom the number of forms.
@@ -78,7 +98,7 @@ def _error_of_mean(forms, diagonal, squared_norms, skewed):
     return widened
 
 
-def paired_mean(kernel, spread):
+def paired_mean(kernel: _Array, spread: _Array) -> tuple[_Array, _Array | None]:
     """The mean of a symmetric `h(vᵢ, vⱼ)` over all pairs, and its standard error.
 
     The error is the larger one of two, for few draws often miss what makes it: the
@@ -105,11 +125,12 @@ def paired_mean(kernel, spread):
     return mean, error * students_factor(count - 1)
 
 
-def students_factor(degrees):
+def students_factor(degrees: float) -> float:
     """Width of Student's 95 % interval against that of the normal distribution."""
     return float(stdtrit(degrees, 0.975) / 1.959964) if degrees > 0 else 1.0
 
 
-def _mixed(matrices):
+def _mixed(matrices: _Array) -> _Array:
     """Sum over the pairs i ≠ j."""
-    return matrices.sum((-2, -1)) - np.trace(matrices, axis1=-2, axis2=-1)
+    mixed: _Array = matrices.sum((-2, -1)) - np.trace(matrices, axis1=-2, axis2=-1)
+    return mixed

@@ -1,17 +1,18 @@
-"""The loop that all averages over random directions share.
+"""The loop that all averages over random samples share.
 
-An estimator says what one direction v and its product Av tell: an array whose
-expectation is wanted. The loop draws directions, keeps the running mean and spread
-on the device, and decides when to stop.
+Whoever draws samples says what a few of them tell: arrays whose expectation is wanted.
+The loop keeps the running mean and spread on the device, and decides when to stop.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from keras import ops
 
-from keras_curvature.backend import array, compiled
+from keras_curvature.backend import Tensor, array, compiled, wide_float
 from keras_curvature.estimators.estimate import ratio
-from keras_curvature.estimators.products import GROUP, seed_key
+from keras_curvature.estimators.products import GROUP, ProgressFunction
 
 #: A requested precision is not believed before this many samples. The standard error
 #: from n samples is itself uncertain by about 1 / sqrt(2 (n - 1)): 18 % with 16, where
@@ -20,45 +21,50 @@ from keras_curvature.estimators.products import GROUP, seed_key
 #: samples agree by luck with probability 2^(1-n)).
 MINIMUM_SAMPLES = 16
 
-#: Products spent when the caller gives no budget: without and with a tolerance.
+#: Samples drawn when the caller gives no budget: without and with a tolerance.
 DEFAULT_MATVECS = 32
 MAXIMUM_MATVECS = 1024
 
+#: `draw(start, width)` returns the samples `start … start + width − 1` of each figure,
+#: one in each entry of the last axis. A sample is a function of its number alone.
+Draw: TypeAlias = Callable[[int, int], Mapping[str, Tensor]]
+
+_Moments: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
+
 
 class Samples:
-    """Running mean and spread of what independent random directions tell.
+    """Running mean and spread of independent samples.
 
     Attributes:
         count: number of samples so far.
         means: dictionary of means, tensors on the device.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
-        self.means = {}
-        self._spreads = {}
+        self.means: dict[str, Tensor] = {}
+        self._spreads: dict[str, Tensor] = {}
 
-    def add(self, means, spreads, width):
-        """Merges the moments of a group of `width` samples."""
+    def add(self, samples: Mapping[str, Tensor], width: int) -> None:
+        """Takes in `width` samples of each figure, along the last axis."""
+        moments: _Moments = _moments(dict(samples))
         if self.count:
-            # All or nothing: an interruption must not leave half an update.
-            merged = _merge(
-                array(self.count, "float64"),
+            moments = _merged(
+                array(self.count, wide_float()),
                 (self.means, self._spreads),
-                array(width, "float64"),
-                (means, spreads),
+                array(width, wide_float()),
+                moments,
             )
-        else:
-            merged = means, spreads
-        self.count, (self.means, self._spreads) = self.count + width, merged
+        self.count += width
+        self.means, self._spreads = moments
 
-    def standard_error(self, name):
+    def standard_error(self, name: str) -> Tensor | None:
         """Standard error of the mean, `None` from a single sample."""
         if self.count < 2:
             return None
         return ops.sqrt(self._spreads[name] / (self.count * (self.count - 1)))
 
-    def relative_standard_error(self, name):
+    def relative_standard_error(self, name: str) -> float:
         """`‖standard error‖ / ‖mean‖`, infinite from a single sample."""
         if self.count < 2:
             return math.inf
@@ -68,68 +74,52 @@ class Samples:
 
 
 def sample(
-    products,
-    moments,
-    judged,
-    num_matvecs=None,
-    tolerance=None,
-    seed=0,
-    purpose=0,
-    progress=None,
-    partial=True,
-):
-    """Averages over random sign directions.
+    draw: Draw,
+    judged: Sequence[str],
+    num_samples: int | None = None,
+    tolerance: float | None = None,
+    progress: ProgressFunction | None = None,
+) -> Samples:
+    """Averages over random samples.
 
-    Draw number i is a function of the seed and of i only, so that the samples do not
-    depend on how they are grouped, and a larger budget continues a smaller one.
+    Since a sample is a function of its number, the result does not depend on how
+    samples are grouped, and a larger budget continues a smaller one.
 
     Args:
-        products: a `Products`.
-        moments: compiled function from `moments_of`.
+        draw: gives the samples, a few at a time.
         judged: names of the figures that `tolerance` applies to.
-        num_matvecs: budget of products. Defaults to 32, or to 1024 with a tolerance.
+        num_samples: budget. Defaults to 32, or to 1024 with a tolerance.
         tolerance: stops as soon as the relative standard error of every judged
             figure is at most this, though not before 16 samples.
-        seed: a non-negative integer, or a tuple of them.
-        purpose: keeps the draws of different estimators apart.
-        progress: `progress(done, total)` is called after each group.
-        partial: whether Ctrl-C ends the loop, and what is known by then is returned
-            unless that is nothing; else it is raised.
+        progress: told after each group of samples; when it says stop, what is known
+            by then is returned.
 
     Returns:
-        A `Samples`.
+        A `Samples`, of one sample at least.
 
     Raises:
         ValueError: for a budget below one or a tolerance that is not positive.
     """
-    num_matvecs = check_budget(num_matvecs, tolerance)
-    samples = Samples()
-    try:
-        with products.placed():
-            key = seed_key(seed, purpose)
-            while samples.count < num_matvecs:
-                width = min(GROUP, num_matvecs - samples.count)
-                directions = products.signs(key, samples.count, width)
-                samples.add(*moments(directions, products(directions)), width)
-                if progress is not None:
-                    progress(samples.count, num_matvecs)
-                if (
-                    tolerance is not None
-                    and samples.count >= MINIMUM_SAMPLES
-                    and all(
-                        samples.relative_standard_error(name) <= tolerance
-                        for name in judged
-                    )
-                ):
-                    break
-    except KeyboardInterrupt:
-        if not (partial and samples.count):
-            raise
+    num_samples = check_budget(num_samples, tolerance)
+    samples, going = Samples(), True
+    while going and samples.count < num_samples:
+        width = min(GROUP, num_samples - samples.count)
+        samples.add(draw(samples.count, width), width)
+        if progress is not None:
+            going = progress(samples.count, num_samples)
+        if (
+            tolerance is not None
+            and samples.count >= MINIMUM_SAMPLES
+            and all(
+                samples.relative_standard_error(name) <= tolerance for name in judged
+            )
+        ):
+            break
     return samples
 
 
-def check_budget(num_matvecs, tolerance):
-    """The budget of products to use.
+def check_budget(num_matvecs: int | None, tolerance: float | None) -> int:
+    """The budget of products or samples to use.
 
     Raises:
         ValueError: for a budget below one or a tolerance that is not positive.
@@ -149,31 +139,20 @@ def check_budget(num_matvecs, tolerance):
     return int(num_matvecs)
 
 
-def moments_of(statistics):
-    """Compiles the moments of a group of samples.
-
-    Args:
-        statistics: function of directions V and products AV, both `(P, k)`, to a
-            dictionary of arrays with one sample in each entry of the *last* axis.
-
-    Returns:
-        A compiled function of V and AV to a dictionary of means over the group and
-        one of sums of squared deviations from them.
-    """
-
-    def moments(directions, products):
-        samples = statistics(directions, products)
-        means = {name: ops.mean(x, axis=-1) for name, x in samples.items()}
-        spreads = {
-            name: ops.sum(ops.square(x - means[name][..., None]), axis=-1)
-            for name, x in samples.items()
-        }
-        return means, spreads
-
-    return compiled(moments)
+@compiled
+def _moments(samples: dict[str, Tensor]) -> _Moments:
+    """Means of a group of samples, and sums of squared deviations from them."""
+    means, spreads = {}, {}
+    for name, x in samples.items():
+        # Not `ops.mean`, which computes in float32 outside of TensorFlow.
+        mean = ops.sum(x, axis=-1) / ops.cast(ops.shape(x)[-1], x.dtype)
+        means[name] = mean
+        spreads[name] = ops.sum(ops.square(x - mean[..., None]), axis=-1)
+    return means, spreads
 
 
-def _merged(count_a, a, count_b, b):
+@compiled
+def _merged(count_a: Tensor, a: _Moments, count_b: Tensor, b: _Moments) -> _Moments:
     """Moments of two groups together.
 
     Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for
@@ -194,8 +173,7 @@ def _merged(count_a, a, count_b, b):
     return means, spreads
 
 
-_merge = compiled(_merged)
-# The norm of the standard errors needs only the sum of the spreads.
-_norms = compiled(
-    lambda mean, spread: (ops.sqrt(ops.sum(spread)), ops.sqrt(ops.sum(mean * mean)))
-)
+@compiled
+def _norms(mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the spread's root and of the mean."""
+    return ops.sqrt(ops.sum(spread)), ops.sqrt(ops.sum(mean * mean))

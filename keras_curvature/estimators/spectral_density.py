@@ -13,11 +13,22 @@ import dataclasses
 import numpy as np
 import scipy.linalg
 from keras import ops
+from numpy.typing import ArrayLike, NDArray
 
-from keras_curvature.backend import array
+from keras_curvature.backend import Tensor, array, compiled
 from keras_curvature.estimators.estimate import Estimate
-from keras_curvature.estimators.products import GROUP, Products, seed_key, to_host
+from keras_curvature.estimators.products import (
+    GROUP,
+    Products,
+    ProgressFunction,
+    Seed,
+    SymmetricOperator,
+    seed_key,
+    to_host,
+)
 from keras_curvature.estimators.quadratic_forms import students_factor
+
+_Array = NDArray[np.float64]
 
 #: Keeps these draws apart from those of the other estimators.
 _PURPOSE = 3
@@ -44,17 +55,17 @@ class SpectralDensity:
         num_matvecs: number of products that were spent.
     """
 
-    grid: np.ndarray
-    density: np.ndarray
-    standard_error: np.ndarray | None
+    grid: _Array
+    density: _Array
+    standard_error: _Array | None
     sigma: float
-    nodes: list
-    weights: list
+    nodes: list[_Array]
+    weights: list[_Array]
     size: int
     num_matvecs: int
 
     @property
-    def value(self):
+    def value(self) -> _Array:
         """The density over the grid: `density`, named as in an `Estimate`."""
         return self.density
 
@@ -79,7 +90,7 @@ class SpectralDensity:
             error *= students_factor(len(each) - 1)
         return Estimate(float(np.mean(each)), error, self.num_matvecs)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"<SpectralDensity of {self.size} eigenvalues in "
             f"[{min(x.min() for x in self.nodes):.4g}, "
@@ -89,15 +100,14 @@ class SpectralDensity:
 
 
 def spectral_density(
-    A,
+    A: SymmetricOperator,
     num_steps: int = 64,
     num_vectors: int = 8,
-    seed=0,
+    seed: Seed = 0,
     sigma: float | None = None,
-    grid=None,
+    grid: ArrayLike | None = None,
     num_points: int = 1024,
-    progress=None,
-    partial: bool = True,
+    progress: ProgressFunction | None = None,
 ) -> SpectralDensity:
     """The density of the eigenvalues, from Lanczos iterations with random starts.
 
@@ -118,9 +128,9 @@ def spectral_density(
         grid: increasing eigenvalues at which to give the density. Defaults to
             `num_points` over the spectrum and 6 sigma on either side of it.
         num_points: number of points of the default grid.
-        progress: `progress(done, total)` is called after each group of products.
-        partial: whether Ctrl-C ends the iteration, and what is known by then is
-            returned unless that is nothing; else it is raised.
+        progress: `progress(done, total)` is called after each group of products; when
+            it returns `False`, the density of the steps and vectors made by then is
+            returned.
 
     Returns:
         A `SpectralDensity`.
@@ -130,7 +140,7 @@ def spectral_density(
             for the grid) or a sigma that is not positive.
         RuntimeError: if the products are not finite.
     """
-    products = Products(A)
+    products = Products(A, progress)
     counts = {"num_steps": num_steps, "num_vectors": num_vectors}
     for name, value in counts.items():
         if int(value) != value or value < 1:
@@ -143,93 +153,92 @@ def spectral_density(
             f"num_points={num_points!r}, sigma={sigma!r}."
         )
     steps = min(int(num_steps), products.size)
+    products.total = steps * num_vectors
     together = GROUP if GROUP * steps * products.size <= _BASIS_NUMBERS else 1
-    nodes: list = []
-    weights: list = []
-    spent = 0
-    interrupted = False
-    with products.placed():
+    nodes: list[_Array] = []
+    weights: list[_Array] = []
+    with products.working():
         key = seed_key(seed, _PURPOSE)
-        while len(nodes) < num_vectors and not interrupted:
+        while len(nodes) < num_vectors and products.going:
             width = min(together, num_vectors - len(nodes))
             starts = products.signs(key, len(nodes), width)
-            done = spent
-
-            def after_step(made, done=done, width=width):
-                if progress is not None:
-                    progress(done + made * width, steps * num_vectors)
-
-            try:
-                alphas, betas, interrupted = _lanczos(
-                    products, starts, steps, after_step, partial
-                )
-            except KeyboardInterrupt:
-                if not (partial and nodes):
-                    raise
-                break
-            spent += alphas.size
-            for a, b in zip(alphas.T, betas.T, strict=True):
-                points, weight = _quadrature(a, b)
+            for alphas, betas in _lanczos(products, starts, steps):
+                points, weight = _quadrature(alphas, betas)
                 nodes.append(points)
                 weights.append(weight)
-    return _smoothed(nodes, weights, sigma, grid, num_points, products.size, spent)
+    return _smoothed(
+        nodes, weights, sigma, grid, num_points, products.size, products.spent
+    )
 
 
-def _lanczos(products, starts, num_steps, after_step, partial):
-    """Lanczos iterations from several vectors.
+def _lanczos(
+    products: Products, starts: Tensor, num_steps: int
+) -> list[tuple[_Array, _Array]]:
+    """Lanczos iterations from a group of vectors, until told to stop.
 
     Returns:
-        The diagonals `(steps, k)` and off-diagonals `(steps, k)` of the tridiagonal
-        matrices, zero from where an iteration has ended, and whether Ctrl-C ended
-        them all.
-
-    Raises:
-        KeyboardInterrupt: before the first step is made, or if nothing partial is
-            wanted.
+        For each vector the diagonal `(steps,)` and the off-diagonal `(steps,)` of the
+        tridiagonal matrix, zero from where the iteration has ended.
     """
     epsilon = np.finfo(products.dtype).eps
-    # One basis for each start vector: (k, steps, P).
-    q = ops.transpose(starts) / products.size**0.5
-    basis = q[:, None]
-    alphas, betas = [], []
-    try:
-        for step in range(num_steps):
-            r = ops.transpose(products(ops.transpose(q)))
-            alpha = to_host(ops.sum(q * r, axis=1))
-            if not np.isfinite(alpha).all():
-                raise RuntimeError(
-                    "Products with the operator are not finite, so it has no "
-                    "eigenvalues. Look for infinite or undefined weights, data or "
-                    f"losses. Received: vᵀAv = {alpha} at Lanczos step {step + 1}."
-                )
-            # All components along earlier vectors, twice: once leaves rounding
-            # errors that grow (Parlett 1998, section 6.9, "twice is enough").
-            for _ in range(2):
-                parts = ops.matmul(basis, r[:, :, None])
-                r = r - ops.matmul(ops.transpose(parts, (0, 2, 1)), basis)[:, 0]
-            beta = to_host(ops.sqrt(ops.sum(r * r, axis=1)))
-            scale = np.max([np.abs(alphas + [alpha]).max(0)] + betas, axis=0)
-            ended = beta <= 10 * epsilon * np.maximum(scale, beta)
-            if betas:
-                ended |= betas[-1] == 0
-            beta[ended] = 0
-            alphas.append(alpha)
-            betas.append(beta)
-            after_step(step + 1)
-            if ended.all() or step + 1 == num_steps:
-                break
-            inverse = np.divide(1, beta, out=np.zeros_like(beta), where=~ended)
-            q = r * array(inverse[:, None], products.dtype)
-            basis = ops.concatenate([basis, q[:, None]], axis=1)
-    except KeyboardInterrupt:
-        made = min(len(alphas), len(betas))
-        if not (partial and made):
-            raise
-        return np.stack(alphas[:made]), np.stack(betas[:made]), True
-    return np.stack(alphas), np.stack(betas), False
+    size, width = products.size, int(starts.shape[1])
+    # One vector in each row, and one basis for each start: unused rows are zero, so
+    # that one graph serves all steps.
+    basis = ops.zeros((width, num_steps, size), products.dtype)
+    r = ops.transpose(starts)
+    inverse = np.full(width, size**-0.5)
+    alphas: list[_Array] = []
+    betas: list[_Array] = []
+    for step in range(num_steps):
+        scale = array(inverse[:, None], products.dtype)
+        q, basis = _extended(basis, r, scale, array(step, "int32"))
+        product = ops.transpose(products(ops.transpose(q)))
+        small, r = _orthogonal(basis, q, product)
+        alpha, beta = to_host(small)
+        if not np.isfinite(alpha).all():
+            raise RuntimeError(
+                "Products with the operator are not finite, so it has no "
+                "eigenvalues. Look for infinite or undefined weights, data or "
+                f"losses. Received: vᵀAv = {alpha} at Lanczos step {step + 1}."
+            )
+        largest = np.max([np.abs([*alphas, alpha]).max(0), *betas], axis=0)
+        ended = beta <= 10 * epsilon * np.maximum(largest, beta)
+        if betas:
+            ended |= betas[-1] == 0
+        beta[ended] = 0
+        alphas.append(alpha)
+        betas.append(beta)
+        if ended.all() or not products.going:
+            break
+        inverse = np.divide(1, beta, out=np.zeros_like(beta), where=~ended)
+    return list(zip(np.transpose(alphas), np.transpose(betas), strict=True))
 
 
-def _quadrature(alphas, betas):
+@compiled
+def _extended(
+    basis: Tensor, r: Tensor, scale: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next vectors, and the bases with them in row `step`."""
+    q = r * scale
+    row = ops.cast(ops.arange(ops.shape(basis)[1], dtype="int32") == step, basis.dtype)
+    return q, basis + row[:, None] * q[:, None]
+
+
+@compiled
+def _orthogonal(basis: Tensor, q: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """`qᵀr` and the norms of what is outside of the bases, `(2, k)`; and that.
+
+    All components along earlier vectors are taken out twice: once leaves rounding
+    errors that grow (Parlett 1998, section 6.9, "twice is enough").
+    """
+    alpha = ops.sum(q * r, axis=1)
+    for _ in range(2):
+        parts = basis @ r[:, :, None]
+        r = r - (ops.transpose(parts, (0, 2, 1)) @ basis)[:, 0]
+    return ops.stack([alpha, ops.sqrt(ops.sum(r * r, axis=1))]), r
+
+
+def _quadrature(alphas: _Array, betas: _Array) -> tuple[_Array, _Array]:
     """Nodes and weights of the Gauss quadrature of a tridiagonal matrix."""
     ends = np.flatnonzero(betas == 0)
     length = ends[0] + 1 if len(ends) else len(alphas)
@@ -237,17 +246,26 @@ def _quadrature(alphas, betas):
     return nodes, vectors[0] ** 2
 
 
-def _smoothed(nodes, weights, sigma, grid, num_points, size, spent):
+def _smoothed(
+    nodes: list[_Array],
+    weights: list[_Array],
+    sigma: float | None,
+    grid: ArrayLike | None,
+    num_points: int,
+    size: int,
+    spent: int,
+) -> SpectralDensity:
+    """The density from the nodes and weights of all start vectors."""
     low = min(x.min() for x in nodes)
     high = max(x.max() for x in nodes)
     if sigma is None:
         sigma = 0.01 * ((high - low) or max(abs(high), abs(low)) or 1.0)
     if grid is None:
         grid = np.linspace(low - 6 * sigma, high + 6 * sigma, num_points)
-    grid = np.asarray(grid, np.float64)
+    points = np.asarray(grid, np.float64)
     each = np.stack(
         [
-            np.exp(-0.5 * ((grid[:, None] - x) / sigma) ** 2) @ w
+            np.exp(-0.5 * ((points[:, None] - x) / sigma) ** 2) @ w
             for x, w in zip(nodes, weights, strict=True)
         ]
     ) / (sigma * np.sqrt(2 * np.pi))
@@ -255,5 +273,5 @@ def _smoothed(nodes, weights, sigma, grid, num_points, size, spent):
     if len(each) > 1:
         error = each.std(0, ddof=1) / len(each) ** 0.5
     return SpectralDensity(
-        grid, each.mean(0), error, float(sigma), nodes, weights, size, spent
+        points, each.mean(0), error, float(sigma), nodes, weights, size, spent
     )

@@ -7,14 +7,24 @@ needs, the subspace Q that they span.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_curvature.backend import array, compiled, is_tensor
-from keras_curvature.estimators.deflation import DeflatedMoments, deflated_moments
+from keras_curvature.backend import Tensor, array, compiled
+from keras_curvature.estimators.deflation import (
+    DeflatedMoments,
+    deflated_moments,
+    outside,
+)
+from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.products import (
     Products,
+    ProgressFunction,
+    Seed,
+    SymmetricOperator,
     check_blocks,
     seed_key,
     to_host,
@@ -29,6 +39,23 @@ _PURPOSE = 1
 #: 1 nothing changes where the subspace is stable, and below it a turn of the
 #: subspace is followed one look later (measured along training runs).
 _FRESH_WEIGHT = 0.5
+
+
+class _State(NamedTuple):
+    """What one update leaves for the next: Q, the signs drawn, the spread seen."""
+
+    basis: Tensor | None = None
+    draws: int = 0
+    spread: float | None = None
+
+
+class _Look(NamedTuple):
+    """Q, random signs V, and the products HQ and H(I − QQᵀ)V."""
+
+    basis: Tensor
+    signs: Tensor
+    basis_products: Tensor
+    fresh_products: Tensor
 
 
 class DominantSubspace:
@@ -60,23 +87,22 @@ class DominantSubspace:
         if k is not None and (int(k) != k or k < 1):
             raise ValueError(f"`k` must be a positive integer. Received: k={k!r}.")
         self.k = None if k is None else int(k)
-        self._basis = None
-        self._draws = 0
-        self._spread: float | None = None
+        # Replaced as a whole, so that an interruption leaves what belongs together.
+        self._state = _State()
 
     @property
-    def basis(self):
+    def basis(self) -> Tensor | None:
         """The orthonormal Q for the next update, `(P, k)`, or `None` before any."""
-        return self._basis
+        return self._state.basis
 
     def update(
         self,
-        A,
+        A: SymmetricOperator,
         num_matvecs: int = 12,
-        seed=0,
-        block_sizes=None,
+        seed: Seed = 0,
+        block_sizes: Sequence[int] | None = None,
         diagonal: bool = False,
-        partial: bool = False,
+        progress: ProgressFunction | None = None,
     ) -> DeflatedMoments:
         """Looks at the operator with a given number of products.
 
@@ -101,9 +127,9 @@ class DominantSubspace:
                 draws, so that the same seed may serve all of them.
             block_sizes: sizes of consecutive groups of coordinates, adding up to P.
             diagonal: whether to estimate the diagonal too. Defaults to `False`.
-            partial: what Ctrl-C does. `True` ends the products, and returns what those
-                that are done tell, if that is anything with a standard error; else, and
-                by default, the interruption is raised and leaves Q as it was.
+            progress: `progress(done, total)` is called after each group of products.
+                When it returns `False`, what they tell by then is returned, if that
+                is anything with a standard error.
 
         Returns:
             A `DeflatedMoments`; blocks as for `hutchinson_moments`.
@@ -111,93 +137,91 @@ class DominantSubspace:
         Raises:
             ValueError: for an operator that is not square, a budget below one, or
                 block sizes that do not add up.
+            KeyboardInterrupt: if `progress` says stop before anything is known. Q is
+                then left as it was.
         """
-        products = Products(A)
-        num_matvecs = check_budget(num_matvecs, None)
+        products = Products(A, progress)
+        budget = min(check_budget(num_matvecs, None), products.size)
+        products.total = budget
         blocks = check_blocks(block_sizes, products.size)
-        with products.placed():
-            key = seed_key(seed, _PURPOSE)
-            basis, draws, sketch = self._start(products, key, num_matvecs)
-            spent = 0 if sketch is None else int(sketch[0].shape[1])
-            budget = min(num_matvecs, products.size)
-            signs = products.signs(key, draws, budget - spent - int(basis.shape[1]))
-            try:
-                figures, basis_products, fresh_products = deflated_moments(
-                    products, basis, signs, budget, blocks, diagonal, partial
-                )
-            except KeyboardInterrupt:
-                if not partial or spent < 2:
-                    raise
-                # What found Q is an average over random signs by itself.
-                signs, found = sketch
-                figures, basis_products, fresh_products = deflated_moments(
-                    lambda _: found, basis[:, :0], signs, spent, blocks, diagonal
-                )
-            fresh = int(fresh_products.shape[1])
-            figures, spread = self._steadied(figures, fresh)
-            following = _dominant(
-                basis_products,
-                fresh_products,
-                self._kept(num_matvecs, products.size),
-            )
-        # Only now, so that an interrupted update leaves everything as it was.
-        self._basis = self._basis if following is None else following
-        self._draws = draws + fresh
-        self._spread = spread
+        with products.working():
+            look, draws = self._look(products, seed_key(seed, _PURPOSE), budget)
+            figures = deflated_moments(*look, products.spent, blocks, diagonal)
+            figures, spread = self._steadied(figures, int(look.signs.shape[1]))
+            basis = self._state.basis
+            if math.isfinite(figures.squared_frobenius_norm.value):
+                kept = self.k or max(1, budget - _fresh(budget))
+                basis = _dominant(look.basis_products, look.fresh_products, kept)
+        self._state = _State(basis, draws, spread)
         return figures
 
-    def _steadied(self, figures, fresh):
+    def _look(self, products: Products, key: Tensor, budget: int) -> tuple[_Look, int]:
+        """The products that are wanted, or some of them; and the signs drawn so far."""
+        draws = self._state.draws
+        look, basis = None, self._known(products, budget)
+        if basis is None:
+            # What finds Q is an average over random signs by itself.
+            basis = nothing = ops.zeros((products.size, 0), products.dtype)
+            width = budget // 3 if budget > 3 else 0
+            signs = products.signs(key, draws, width)
+            draws += width
+            found = products(signs)
+            if width:
+                look = _Look(nothing, signs[:, : found.shape[1]], nothing, found)
+                dominant = _dominant(nothing, found, min(width, self.k or width))
+                basis = nothing if dominant is None else dominant
+        complete = False
+        if products.going:
+            k = int(basis.shape[1])
+            signs = products.signs(key, draws, budget - products.spent - k)
+            draws += int(signs.shape[1])
+            columns = _directions(basis, signs)
+            made = products(columns)
+            complete = made.shape[1] == columns.shape[1]
+            if complete or made.shape[1] >= k + 2:
+                signs = signs[:, : made.shape[1] - k]
+                look = _Look(basis, signs, made[:, :k], made[:, k:])
+        if look is None or not (complete or look.signs.shape[1] >= 2):
+            raise KeyboardInterrupt
+        return look, draws
+
+    def _known(self, products: Products, budget: int) -> Tensor | None:
+        """The Q to use, unless it has to be found first."""
+        if budget == products.size:
+            return products.basis(0, budget)
+        basis = self._state.basis
+        if basis is None or int(basis.shape[0]) != products.size:
+            return None
+        columns = min(int(basis.shape[1]), budget - _fresh(budget))
+        return array(basis[:, :columns], products.dtype)
+
+    def _steadied(
+        self, figures: DeflatedMoments, fresh: int
+    ) -> tuple[DeflatedMoments, float | None]:
         """Widens the errors of the norm where earlier spreads call for it.
 
         The geometric mean forgets fast: Q gets better by orders of magnitude.
         """
-        squared = figures.squared_frobenius_norm
+        squared, seen = figures.squared_frobenius_norm, self._state.spread
         error = squared.relative_standard_error
         if not error or not math.isfinite(error):
-            return figures, self._spread
-        spread = error * math.sqrt(fresh)
-        mean = spread
-        if self._spread is not None:
+            return figures, seen
+        spread = mean = error * math.sqrt(fresh)
+        if seen is not None:
             # Four fresh directions weigh as much as all that was seen before.
             weight = fresh / (fresh + 4)
-            mean = self._spread ** (1 - weight) * spread**weight
-        factor = max(1.0, mean / spread)
-        return dataclasses.replace(
-            figures, squared_frobenius_norm=_widened(squared, factor)
-        ), mean
+            mean = seen ** (1 - weight) * spread**weight
+        squared = _widened(squared, max(1.0, mean / spread))
+        return dataclasses.replace(figures, squared_frobenius_norm=squared), mean
 
-    def _kept(self, num_matvecs, size):
-        return min(size, self.k or max(1, num_matvecs - _fresh(num_matvecs)))
-
-    def _start(self, products, key, num_matvecs):
-        """The Q to use now, the draws made, and the signs and products that found Q."""
-        if num_matvecs >= products.size:
-            return products.basis(0, products.size), self._draws, None
-        known = self._basis
-        if known is not None and int(known.shape[0]) == products.size:
-            columns = min(int(known.shape[1]), num_matvecs - _fresh(num_matvecs))
-            return array(known[:, :columns], products.dtype), self._draws, None
-        width = num_matvecs // 3 if num_matvecs > 3 else 0
-        nothing = products.basis(0, 1)[:, :0]
-        if not width:
-            return nothing, self._draws, None
-        signs = products.signs(key, self._draws, width)
-        found = products(signs)
-        basis = _dominant(nothing, found, min(width, self.k or width))
-        if basis is None:
-            basis = nothing
-        return basis, self._draws + width, (signs, found)
-
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, Any]:
         """All that the next update depends on, as NumPy arrays and integers."""
-        basis = self._basis
-        return {
-            "basis": None if basis is None else ops.convert_to_numpy(basis),
-            "draws": self._draws,
-            "spread": self._spread,
-        }
+        basis, draws, spread = self._state
+        if basis is not None:
+            basis = ops.convert_to_numpy(basis)
+        return {"basis": basis, "draws": draws, "spread": spread}
 
-    def set_state(self, state: dict):
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from what `get_state` returned.
 
         A basis that is not finite is dropped, and found anew by the next update.
@@ -215,29 +239,33 @@ class DominantSubspace:
                 'The state must hold "basis", "draws" and "spread", as `get_state` '
                 f"returns them. Received: {sorted(state)}."
             )
-        basis = state["basis"]
-        if basis is not None:
-            basis = ops.convert_to_numpy(basis) if is_tensor(basis) else basis
-            basis = np.asarray(basis)
-            if basis.ndim != 2 or basis.shape[0] < basis.shape[1]:
-                raise ValueError(
-                    "The basis must have shape (P, k) with k ≤ P. Received: shape "
-                    f"{basis.shape}."
-                )
-            if basis.dtype not in (np.float32, np.float64):
-                basis = basis.astype(np.float32)
-            # Estimates are unbiased for any orthonormal Q, and only for those.
-            gram = basis.T.astype(np.float64) @ basis
-            if not np.isfinite(gram).all():
-                basis = None
-            elif abs(gram - np.eye(len(gram))).max(initial=0) > 1e-5:
-                basis = np.linalg.qr(basis)[0]
-        self._basis = basis
-        self._draws = int(state["draws"])
-        self._spread = None if state["spread"] is None else float(state["spread"])
+        basis, spread = state["basis"], state["spread"]
+        self._state = _State(
+            None if basis is None else _orthonormal(ops.convert_to_numpy(basis)),
+            int(state["draws"]),
+            None if spread is None else float(spread),
+        )
 
 
-def _widened(estimate, factor):
+def _orthonormal(basis: Any) -> Any:
+    """A basis from outside, mended if need be; `None` if it cannot be."""
+    if basis.ndim != 2 or basis.shape[0] < basis.shape[1]:
+        raise ValueError(
+            "The basis must have shape (P, k) with k ≤ P. Received: shape "
+            f"{basis.shape}."
+        )
+    if basis.dtype not in (np.float32, np.float64):
+        basis = basis.astype(np.float32)
+    # Estimates are unbiased for any orthonormal Q, and only for those.
+    gram = basis.T.astype(np.float64) @ basis
+    if not np.isfinite(gram).all():
+        return None
+    if abs(gram - np.eye(len(gram))).max(initial=0) > 1e-5:
+        return np.linalg.qr(basis)[0]
+    return basis
+
+
+def _widened(estimate: Estimate, factor: float) -> Estimate:
     return dataclasses.replace(
         estimate,
         standard_error=estimate.standard_error * factor,
@@ -245,28 +273,41 @@ def _widened(estimate, factor):
     )
 
 
-def _fresh(num_matvecs):
+def _fresh(num_matvecs: int) -> int:
     """Number of fresh directions wanted: a third, two at least."""
     return min(num_matvecs, max(2, num_matvecs // 3))
 
 
-def _dominant(basis_products, fresh_products, count):
+def _dominant(
+    basis_products: Tensor, fresh_products: Tensor, count: int
+) -> Tensor | None:
     """The next Q: the leading left singular vectors of all products.
 
-    Householder's QR gives orthonormal columns for any rank, zero included.
+    Householder's QR gives orthonormal columns for any rank, zero included. `None` if
+    the products are not finite.
     """
     width = int(fresh_products.shape[1])
     weight = _FRESH_WEIGHT / max(width, 1) ** 0.5
     orthogonal, triangle = _factors(
-        basis_products, fresh_products, array(weight, fresh_products.dtype)
+        basis_products, fresh_products, array(weight, ops.dtype(basis_products))
     )
     triangle = to_host(triangle)
     if not np.isfinite(triangle).all():
         return None
     turn = np.linalg.svd(triangle)[0][:, :count]
-    return ops.matmul(orthogonal, array(turn, orthogonal.dtype))
+    return orthogonal @ array(turn, ops.dtype(orthogonal))
 
 
 @compiled
-def _factors(basis_products, fresh_products, weight):
-    return ops.qr(ops.concatenate([basis_products, weight * fresh_products], axis=1))
+def _directions(basis: Tensor, signs: Tensor) -> Tensor:
+    """Q and (I − QQᵀ)V, side by side."""
+    return ops.concatenate([basis, outside(basis, signs)], axis=1)
+
+
+@compiled
+def _factors(
+    basis_products: Tensor, fresh_products: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    columns = ops.concatenate([basis_products, weight * fresh_products], axis=1)
+    factors: tuple[Tensor, Tensor] = ops.qr(columns)
+    return factors

@@ -74,11 +74,14 @@ def test_smaller_than_k():
 
 def test_progress():
     calls = []
-    estimators.eigenvalues(
-        matrices.named("network", 100), 2, progress=lambda *x: calls.append(x)
-    )
+
+    def progress(*done_and_total):
+        calls.append(done_and_total)
+        return True
+
+    found = estimators.eigenvalues(matrices.named("network", 100), 2, progress=progress)
     assert [done for done, _ in calls][:3] == [1, 2, 3]
-    assert all(total is None for _, total in calls)
+    assert calls[-1] == (found.num_matvecs, None)
 
 
 def test_budget():
@@ -112,7 +115,7 @@ def test_as_few_products_as_scipy(name):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("which", ["magnitude", "algebraic", "both"])
 @pytest.mark.parametrize("name", ["network", "indefinite", "giant"])
-def test_an_interruption_returns_the_best_so_far(name, which, dtype):
+def test_the_best_pairs_when_told_to_stop(name, which, dtype):
     """Bounds that hold, and that shrink with what has been spent."""
     dense = matrices.named(name, 200, dtype=dtype)
     wide = dense.astype(np.float64)
@@ -124,7 +127,7 @@ def test_an_interruption_returns_the_best_so_far(name, which, dtype):
     # The residuals take the last four.
     for after in (1, 3, 20, whole // 2, whole - 4):
         found = estimators.eigenvalues(
-            matrices.Interrupted(dense, after), 4, 1e-5, which, eigenvectors=True
+            dense, 4, 1e-5, which, True, progress=matrices.stop_after(after)
         )
         assert found.num_matvecs == after
         assert len(found.values) == min(4, after)
@@ -144,12 +147,13 @@ def test_an_interruption_returns_the_best_so_far(name, which, dtype):
     assert bounds[-1] < 0.1 * bounds[1]
 
 
-def test_interruptions_at_the_start():
-    dense = matrices.named("network", 100)
+def test_small_operators_are_solved_or_not():
+    """They are formed as a whole, and half a matrix has no eigenvalues."""
+    dense = np.diag(np.arange(10.0))
+    found = estimators.eigenvalues(dense, 2, progress=matrices.stop_after(10))
+    np.testing.assert_allclose(found.values, [9, 8])
     with pytest.raises(KeyboardInterrupt):
-        estimators.eigenvalues(matrices.Interrupted(dense, 0), 2)
-    found = estimators.eigenvalues(matrices.Interrupted(dense, 1), 2, eigenvectors=True)
-    assert found.eigenvectors.shape == (100, 1) and found.num_matvecs == 1
+        estimators.eigenvalues(dense, 2, progress=matrices.stop_after(8))
 
 
 def test_arguments_are_checked():

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
+from keras_curvature import backend
 from keras_curvature.estimators import Estimate
 
 
@@ -33,12 +33,13 @@ def test_a_scalar_shows_value_error_and_price(estimate, text):
         (None, "no standard error from one sample"),
     ],
 )
-@pytest.mark.parametrize("form", ["tensor", "array", "list"])
+@pytest.mark.parametrize("form", ["tensor", "array", "list", "nested"])
 def test_arrays_are_summarised(error, quality, form):
     make = {
-        "tensor": lambda x: tf.constant(x, "float64"),
+        "tensor": lambda x: backend.array(x, "float32"),
         "array": np.array,
         "list": lambda x: [np.array(x[:1]), np.array([x[1:]]), np.zeros((0, 2))],
+        "nested": lambda x: {"a": np.array(x[:1]), "b": [np.array(x[1:])]},
     }[form]
     estimate = Estimate(make([3.0, -4.0]), None if error is None else make(error), 7)
     expected = f"2 entries in [-4, 3], mean -0.5 ({quality}, 7 matvecs)"

@@ -3,16 +3,20 @@
 import matrices
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_curvature import estimators
+from keras_curvature.estimators import moments as module
 
 FIGURES = {
-    "trace": lambda *a, **b: estimators.hutchinson_moments(*a, **b).trace,
-    "squared norm": lambda *a, **b: (
-        estimators.hutchinson_moments(*a, **b).squared_frobenius_norm
-    ),
-    "diagonal": estimators.hutchinson_diagonal,
+    "trace": lambda moments: moments.trace,
+    "squared norm": lambda moments: moments.squared_frobenius_norm,
+    "diagonal": lambda moments: moments.diagonal,
 }
+
+
+def array(value):
+    return ops.convert_to_numpy(value)
 
 
 def truth(figure, dense):
@@ -36,52 +40,57 @@ def rounding(figure, dense):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", matrices.SPECTRA)
-@pytest.mark.parametrize("figure", FIGURES)
-def test_within_six_standard_deviations(figure, name, dtype):
+def test_within_six_standard_deviations(name, dtype):
     dense = matrices.named(name, dtype=dtype)
-    estimate = FIGURES[figure](dense, num_matvecs=50, seed=1)
-    expected, variance = truth(figure, dense)
-    bound = 6 * np.sqrt(np.maximum(variance, 0) / 50) + rounding(figure, dense)
-    assert estimate.num_matvecs == 50
-    assert np.all(np.abs(np.asarray(estimate.value) - expected) <= bound)
+    moments = estimators.hutchinson_moments(dense, 50, seed=1, diagonal=True)
+    assert moments.num_matvecs == 50
+    for figure, select in FIGURES.items():
+        estimate = select(moments)
+        expected, variance = truth(figure, dense)
+        bound = 6 * np.sqrt(np.maximum(variance, 0) / 50) + rounding(figure, dense)
+        assert estimate.num_matvecs == 50
+        assert np.all(np.abs(array(estimate.value) - expected) <= bound)
+
+
+@pytest.fixture(scope="module")
+def many_seeds():
+    """120 times 24 products with a matrix without outliers."""
+    dense = matrices.named("indefinite", 30)
+    return dense, [
+        estimators.hutchinson_moments(dense, 24, seed=seed, diagonal=True)
+        for seed in range(120)
+    ]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_errors_are_calibrated(figure):
+def test_errors_are_calibrated(figure, many_seeds):
     """The truth lies within two standard errors in about 95 % of all cases.
 
     With 120 seeds a share of 0.95 has a standard deviation of 0.02; three of them are
     allowed. That the standard error itself comes from 24 samples takes 0.01 off.
     """
-    dense = matrices.named("indefinite", 30)
+    dense, runs = many_seeds
     expected, variance = truth(figure, dense)
-    inside, errors = [], []
-    for seed in range(120):
-        estimate = FIGURES[figure](dense, num_matvecs=24, seed=seed)
-        error = np.asarray(estimate.standard_error)
-        inside.append(np.abs(np.asarray(estimate.value) - expected) <= 2 * error)
-        errors.append(error**2)
-    assert 0.88 <= np.mean(inside) <= 0.998
+    estimates = [FIGURES[figure](moments) for moments in runs]
+    values, errors = (
+        np.array([array(getattr(e, name)) for e in estimates])
+        for name in ("value", "standard_error")
+    )
+    assert 0.88 <= np.mean(np.abs(values - expected) <= 2 * errors) <= 0.998
     # And the squared errors are unbiased: 6 standard deviations of their mean, for
     # samples with a kurtosis of at most 9.
     np.testing.assert_allclose(
-        np.mean(errors, axis=0), variance / 24, rtol=6 * np.sqrt(8 / (120 * 24))
+        np.mean(errors**2, axis=0), variance / 24, rtol=6 * np.sqrt(8 / (120 * 24))
     )
 
 
-def test_the_diagonal_with_the_others_equals_the_diagonal_alone():
-    dense = matrices.named("network")
-    moments = estimators.hutchinson_moments(dense, 11, seed=3, diagonal=True)
-    alone = estimators.hutchinson_diagonal(dense, 11, seed=3)
-    assert moments.num_matvecs == 11
-    for one, other in zip(
-        (moments.diagonal.value, moments.diagonal.standard_error),
-        (alone.value, alone.standard_error),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-12)
+def test_the_error_of_the_norm_is_its_spread_over_many_seeds(many_seeds):
+    """The delta method."""
+    norms = [moments.frobenius_norm for moments in many_seeds[1]]
+    spread = np.std([n.value for n in norms])
+    # The spread of 120 numbers is known to 1/sqrt(240): 6.5 %, times 4.
     np.testing.assert_allclose(
-        moments.frobenius_norm.value**2, moments.squared_frobenius_norm.value
+        np.mean([n.standard_error for n in norms]), spread, rtol=0.26
     )
 
 
@@ -109,9 +118,9 @@ def test_the_figures_follow_from_the_directions():
         (moments.squared_frobenius_norm, (av**2).sum(0)),
         (moments.diagonal, v * av),
     ):
-        np.testing.assert_allclose(estimate.value, samples.mean(-1), rtol=1e-12)
+        np.testing.assert_allclose(array(estimate.value), samples.mean(-1), rtol=1e-12)
         np.testing.assert_allclose(
-            estimate.standard_error, samples.std(-1, ddof=1) / 3, rtol=1e-10
+            array(estimate.standard_error), samples.std(-1, ddof=1) / 3, rtol=1e-10
         )
 
 
@@ -143,11 +152,14 @@ def test_draws_depend_on_seed_and_number_only():
     assert (draws(7, 2**40) != draws(7, 2**41)).any()
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_one_sample_has_no_standard_error(figure):
-    estimate = FIGURES[figure](matrices.named("network"), 1)
-    assert estimate.standard_error is None
-    assert estimate.relative_standard_error is None
+def test_one_sample_has_no_standard_error():
+    moments = estimators.hutchinson_moments(
+        matrices.named("network"), 1, block_sizes=(20, 40), diagonal=True
+    )
+    for select in FIGURES.values():
+        assert select(moments).standard_error is None
+        assert select(moments).relative_standard_error is None
+    assert [b.standard_error for b in moments.trace.blocks] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -179,11 +191,25 @@ def test_exact_figures(name, dtype):
         atol=rounding("squared norm", dense),
     )
     assert not pairs.standard_error.any() and pairs.num_matvecs == 21
-    for estimate in (moments.diagonal, estimators.exact_diagonal(dense)):
-        np.testing.assert_allclose(
-            estimate.value, np.diag(wide), rtol=0, atol=rounding("diagonal", dense)
-        )
-        assert not np.any(estimate.standard_error)
+    np.testing.assert_allclose(
+        array(moments.diagonal.value),
+        np.diag(wide),
+        rtol=0,
+        atol=rounding("diagonal", dense),
+    )
+    assert not array(moments.diagonal.standard_error).any()
+
+
+def test_exact_figures_are_had_or_not():
+    dense = matrices.named("network", 10)
+    for products, known in ((10, True), (8, False)):
+        stop = matrices.stop_after(products)
+        if known:
+            moments = estimators.exact_moments(dense, progress=stop)
+            np.testing.assert_allclose(moments.trace.value, np.trace(dense))
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                estimators.exact_moments(dense, progress=stop)
 
 
 def test_blocks_add_up_exactly():
@@ -203,30 +229,28 @@ def test_blocks_add_up_exactly():
             assert abs(block.value - expected) < 6 * block.standard_error + 1e-3
 
 
-def test_the_delta_method():
-    """The error of the norm is the spread of norms over many seeds."""
-    dense = matrices.named("indefinite", 30)
-    norms = [
-        estimators.frobenius_norm_of_squared(
-            FIGURES["squared norm"](dense, 24, seed=seed)
-        )
-        for seed in range(80)
-    ]
-    spread = np.std([n.value for n in norms])
-    # The spread of 80 numbers is known to 1/sqrt(160): 8 %, times 4.
-    np.testing.assert_allclose(
-        np.mean([n.standard_error for n in norms]), spread, rtol=0.32
-    )
-    root = estimators.frobenius_norm_of_squared(estimators.Estimate(0.0, 4.0, 3))
-    assert (root.value, root.standard_error) == (0.0, 2.0)
-    root = estimators.frobenius_norm_of_squared(estimators.Estimate(9.0, None, 1))
-    assert (root.value, root.standard_error) == (3.0, None)
-    # Entry by entry, where one may be below zero, and nothing turns into NaN.
-    pairs = estimators.Estimate(
-        np.array([[9.0, -1.0], [0.0, 4.0]]), np.array([[3.0, 4.0], [0.0, 0.0]]), 3
-    )
-    root = estimators.frobenius_norm_of_squared(
-        estimators.Estimate(12.0, 1.0, 3, pairs=pairs)
-    ).pairs
-    np.testing.assert_array_equal(root.value, [[3, 0], [0, 2]])
-    np.testing.assert_array_equal(root.standard_error, [[0.5, 2], [0, 0]])
+@pytest.mark.parametrize(
+    ("squared", "error", "root", "its_error"),
+    [
+        (9.0, 3.0, 3.0, 0.5),
+        (9.0, None, 3.0, None),
+        # Without a value there is no slope; nothing turns into NaN.
+        (0.0, 4.0, 0.0, 2.0),
+        (-1.0, 4.0, 0.0, 2.0),
+        (0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_root_of_a_squared_norm(squared, error, root, its_error):
+    def both(squared, error):
+        return estimators.Estimate(np.full((2, 2), squared), error, 3)
+
+    pairs = both(squared, None if error is None else np.full((2, 2), error))
+    block = estimators.Estimate(squared, error, 3)
+    whole = estimators.Estimate(squared, error, 3, (block,), pairs)
+    norm = module.Moments(whole, whole, None, 3).frobenius_norm
+    for estimate in (norm, *norm.blocks, norm.pairs):
+        np.testing.assert_array_equal(estimate.value, root)
+        if its_error is None:
+            assert estimate.standard_error is None
+        else:
+            np.testing.assert_array_equal(estimate.standard_error, its_error)

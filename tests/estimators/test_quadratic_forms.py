@@ -62,6 +62,28 @@ def test_two_errors_cover_the_truth(name, count):
     assert share > 0.88
 
 
+@pytest.mark.parametrize("name", ["network", "indefinite", "clustered"])
+def test_two_errors_cover_a_block_of_rows(name):
+    """The forms `v_aᵀ(Mv)_a` alone would have said too little in 1 case of 8."""
+    dense, rows = matrices.named(name), slice(10, 30)
+    v = np.random.default_rng(0).choice([-1.0, 1.0], size=(2000, 60, 4))
+    mv = (dense @ v)[:, rows]
+    v = v[:, rows]
+    shares = v * mv
+    forms = np.swapaxes(v, 1, 2) @ mv
+    error = error_of_mean(
+        (forms + np.swapaxes(forms, 1, 2)) / 2,
+        np.swapaxes(shares, 1, 2) @ shares,
+        np.swapaxes(mv, 1, 2) @ mv,
+        of_rows=True,
+    )
+    mean = np.trace(forms, axis1=1, axis2=2) / 4
+    exact = np.trace(dense[rows, rows])
+    assert np.mean(abs(mean - exact) <= 2 * error) > 0.93
+    # And never far off, which is what one block in 50 was.
+    assert np.mean(abs(mean - exact) > 5 * error) < 0.002
+
+
 def test_mixed_forms_say_more_than_the_forms_alone():
     """Nine degrees of freedom from four directions, and not three."""
     dense = matrices.named("indefinite", 100)

@@ -115,28 +115,31 @@ def test_reproducible():
     assert np.abs(one.density - third.density).max() > 0
 
 
-def test_interruption_and_progress():
-    class Interrupted(matrices.Recorded):
-        def __matmul__(self, directions):
-            if len(self.directions) == after:
-                raise KeyboardInterrupt
-            return super().__matmul__(directions)
+@pytest.mark.parametrize(("products", "steps"), [(4, [1]), (20, [5]), (44, [10, 1])])
+def test_the_steps_made_when_told_to_stop(products, steps):
+    """Those of the first four vectors, then of the next four."""
+    dense = matrices.named("network")
+    density = estimators.spectral_density(
+        dense, 10, 8, progress=matrices.stop_after(products)
+    )
+    assert density.num_matvecs == products
+    assert [len(nodes) for nodes in density.nodes] == np.repeat(steps, 4).tolist()
+    mass = np.trapezoid(density.density, density.grid)
+    np.testing.assert_allclose(mass, 1, rtol=1e-6)
+    # Gauss quadrature with m nodes is the start of the one with more.
+    shorter = estimators.spectral_density(dense, steps[0], 4)
+    np.testing.assert_allclose(density.nodes[0], shorter.nodes[0], atol=1e-12)
+
+
+def test_progress():
+    calls = []
+
+    def progress(*done_and_total):
+        calls.append(done_and_total)
+        return True
 
     dense = matrices.named("network")
-    calls = []
-    for after, vectors in ((5, 4), (10, 4), (15, 8)):
-        density = estimators.spectral_density(Interrupted(dense), 10, 8)
-        if after != 10:
-            assert len(density.nodes) == vectors
-            np.testing.assert_allclose(
-                np.trapezoid(density.density, density.grid), 1, rtol=1e-6
-            )
-        else:
-            assert len(density.nodes) == 4
-    after = 0
-    with pytest.raises(KeyboardInterrupt):
-        estimators.spectral_density(Interrupted(dense), 10, 8)
-    estimators.spectral_density(dense, 3, 6, progress=lambda *x: calls.append(x))
+    estimators.spectral_density(dense, 3, 6, progress=progress)
     assert calls == [(4, 18), (8, 18), (12, 18), (14, 18), (16, 18), (18, 18)]
 
 

@@ -3,13 +3,28 @@
 import matrices
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
-from keras_curvature import estimators
+from keras_curvature import backend, estimators
 from keras_curvature.estimators import deflation
-from keras_curvature.estimators.products import Products
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+def array(value):
+    return ops.convert_to_numpy(value)
+
+
+def deflated(dense, basis, signs, block_sizes, diagonal=False):
+    """The figures from these directions, and the products with them."""
+    basis, signs, dense = (backend.array(x, "float64") for x in (basis, signs, dense))
+    products = dense @ basis
+    fresh = dense @ deflation.outside(basis, signs)
+    count = int(basis.shape[1]) + int(signs.shape[1])
+    figures = deflation.deflated_moments(
+        basis, signs, products, fresh, count, block_sizes, diagonal
+    )
+    return figures, array(products), array(fresh)
 
 
 def turned(dense, angle, seed=0):
@@ -52,8 +67,8 @@ def test_prescribed_spectra(name, dtype):
         np.testing.assert_allclose(pairs.value, pairs.value.T, rtol=1e-9)
         # A single giant eigenvalue is seen by four directions only, at first.
         assert np.all(errors <= 10 * pairs.standard_error + rounding * 60 * scale)
-        errors = np.abs(np.asarray(figures.diagonal.value) - np.diag(wide))
-        bound = 3 * np.asarray(figures.diagonal.standard_error) + rounding
+        errors = np.abs(array(figures.diagonal.value) - np.diag(wide))
+        bound = 3 * array(figures.diagonal.standard_error) + rounding
         assert np.mean(errors <= bound) > 0.9
         for value, residual in zip(
             figures.eigenvalues, figures.residual_norms, strict=True
@@ -61,7 +76,7 @@ def test_prescribed_spectra(name, dtype):
             assert np.abs(values - value).min() <= residual + rounding
         assert np.all(np.diff(np.abs(figures.eigenvalues)) <= rounding)
         assert figures.num_matvecs == 12
-        gram = subspace.basis.numpy().T @ subspace.basis.numpy()
+        gram = array(subspace.basis).T @ array(subspace.basis)
         np.testing.assert_allclose(gram, np.eye(len(gram)), atol=TOLERANCE[dtype])
 
 
@@ -72,10 +87,8 @@ def test_unbiased_for_any_orthonormal_basis(name):
     rng = np.random.default_rng(5)
     basis = np.linalg.qr(rng.standard_normal((30, 4)))[0]
     signs = rng.choice([-1.0, 1.0], size=(30, 800))
-    figures, products, fresh = deflation.deflated_moments(
-        Products(dense), tf.constant(basis), tf.constant(signs), 804, (12, 18), True
-    )
-    fresh = fresh.numpy()
+    figures, products, fresh = deflated(dense, basis, signs, (12, 18), True)
+    assert figures.num_matvecs == 804
     np.testing.assert_allclose(products, dense @ basis, atol=1e-12)
     outside = np.eye(30) - basis @ basis.T
     np.testing.assert_allclose(fresh, dense @ outside @ signs, atol=1e-10)
@@ -91,14 +104,14 @@ def test_unbiased_for_any_orthonormal_basis(name):
         (figures.diagonal, np.diag(dense), diagonal_variance),
     ):
         bound = 6 * np.sqrt(variance / 800)
-        assert np.all(np.abs(np.asarray(estimate.value) - expected) <= bound)
+        assert np.all(np.abs(array(estimate.value) - expected) <= bound)
         # With so many samples nothing is widened.
         np.testing.assert_allclose(
-            np.asarray(estimate.standard_error) ** 2, variance / 800, rtol=0.3
+            array(estimate.standard_error) ** 2, variance / 800, rtol=0.3
         )
     # By hand: what is known of the diagonal, and the mean of the samples.
     shares = np.diag(dense - rest) + (signs * (rest @ signs)).mean(1)
-    np.testing.assert_allclose(figures.diagonal.value, shares, atol=1e-10)
+    np.testing.assert_allclose(array(figures.diagonal.value), shares, atol=1e-10)
     for block, part in zip(
         figures.trace.blocks, (slice(12), slice(12, 30)), strict=True
     ):
@@ -114,7 +127,7 @@ def test_unbiased_for_any_orthonormal_basis(name):
         strict=True,
     ):
         sampled = (fresh[part] ** 2 - inside[part] ** 2).sum(0).mean()
-        known = (products[part] ** 2).numpy().sum() + (mean_inside[:, part] ** 2).sum()
+        known = (products[part] ** 2).sum() + (mean_inside[:, part] ** 2).sum()
         np.testing.assert_allclose(block.value, known + sampled, rtol=1e-10)
         assert abs(block.value - rows[part].sum()) <= 6 * block.standard_error
 
@@ -133,9 +146,7 @@ def test_norms_of_pairs_of_blocks(name, k):
     values, errors = [], []
     for _ in range(400):
         signs = rng.choice([-1.0, 1.0], size=(30, 4))
-        figures, *_ = deflation.deflated_moments(
-            Products(dense), tf.constant(basis), tf.constant(signs), 4 + k, sizes
-        )
+        figures, *_ = deflated(dense, basis, signs, sizes)
         pairs = figures.squared_frobenius_norm.pairs
         values.append(pairs.value)
         errors.append(pairs.standard_error)
@@ -182,8 +193,9 @@ def test_a_biased_basis_would_show():
     subspace = estimators.DominantSubspace(4)
     for _ in range(5):
         subspace.update(operator, 12, seed=0)
+    # Of the later looks, which take four directions of Q first.
     fresh = np.concatenate(
-        [d[:, -8:] for d in operator.directions if d.shape[1] > 4], 1
+        [look[:, 4:] for look in np.split(operator.columns, 5, axis=1)[1:]], 1
     )
     normed = fresh / np.linalg.norm(fresh, axis=0)
     gram = np.abs(normed.T @ normed) - np.eye(normed.shape[1])
@@ -283,7 +295,7 @@ def test_earlier_spreads_widen_the_errors():
     np.testing.assert_allclose(subspace.get_state()["spread"], np.sqrt(1e3 * spread))
 
 
-@pytest.mark.parametrize("num_matvecs", [1, 2, 3, 4, 5, 7, 29, 30, 100])
+@pytest.mark.parametrize("num_matvecs", [1, 2, 4, 30, 100])
 def test_any_number_of_products(num_matvecs):
     operator = matrices.Recorded(matrices.named("network", 30))
     subspace = estimators.DominantSubspace()
@@ -300,17 +312,17 @@ def test_any_number_of_products(num_matvecs):
             assert norm.standard_error == figures.trace.standard_error == 0
             np.testing.assert_allclose(norm.value, exact, rtol=1e-12)
             np.testing.assert_allclose(
-                figures.diagonal.value, np.diag(operator.dense), atol=1e-12
+                array(figures.diagonal.value), np.diag(operator.dense), atol=1e-12
             )
-            assert not np.any(figures.diagonal.standard_error)
+            assert not array(figures.diagonal.standard_error).any()
             assert not figures.residual_norms.any()
         else:
             assert abs(norm.value - exact) < 5 * norm.standard_error
 
 
-@pytest.mark.parametrize("k", [1, 5, 50])
+@pytest.mark.parametrize("k", [1, 50])
 def test_a_given_number_of_directions(k):
-    dense = matrices.named("network", 40)
+    dense = matrices.named("network")
     subspace = estimators.DominantSubspace(k)
     for _ in range(3):
         figures = subspace.update(dense, 12)
@@ -333,12 +345,12 @@ def test_undefined_products_do_not_poison_the_basis():
     dense = matrices.named("network")
     subspace = estimators.DominantSubspace()
     subspace.update(dense, 12)
-    before = subspace.basis.numpy()
+    before = array(subspace.basis)
     for broken in (dense * np.nan, dense + 1e300):
         figures = subspace.update(broken, 12, block_sizes=(30, 30))
         assert not np.isfinite(figures.frobenius_norm.value)
         assert np.isnan(figures.eigenvalues).all()
-        np.testing.assert_array_equal(subspace.basis, before)
+        np.testing.assert_array_equal(array(subspace.basis), before)
     figures = subspace.update(dense, 12)
     assert np.isfinite(figures.frobenius_norm.standard_error)
     # From the first look on, too.
@@ -347,65 +359,67 @@ def test_undefined_products_do_not_poison_the_basis():
     assert np.isfinite(cold.update(dense, 12).trace.value)
 
 
-def test_an_interrupted_update_changes_nothing():
+@pytest.mark.parametrize("after", [0, 4, 8])
+def test_an_interrupted_update_changes_nothing(after):
+    """A real interruption, in the middle of any product."""
+
     class Broken(matrices.Recorded):
         def __matmul__(self, directions):
-            raise KeyboardInterrupt
+            if sum(d.shape[1] for d in self.directions) >= after:
+                raise KeyboardInterrupt
+            return super().__matmul__(directions)
 
     dense = matrices.named("network")
     subspace, other = estimators.DominantSubspace(), estimators.DominantSubspace()
-    for s in (subspace, other):
-        s.update(dense, 12)
-    with pytest.raises(KeyboardInterrupt):
-        subspace.update(Broken(dense), 12)
-    assert subspace.update(dense, 12).trace.value == other.update(dense, 12).trace.value
+    for looks in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            subspace.update(Broken(dense), 12)
+        one, two = (s.update(dense, 12) for s in (subspace, other))
+        assert one.trace.value == two.trace.value, looks
+        assert one.frobenius_norm.standard_error == two.frobenius_norm.standard_error
 
 
-def test_a_partial_update_returns_what_is_known():
+def test_an_update_returns_what_is_known_when_told_to_stop():
     """A warm Q and fewer fresh signs; or, from the first look, plain averages."""
     dense = matrices.named("network")
     exact = np.linalg.norm(dense)
 
-    def update(subspace, after, **arguments):
+    def update(subspace, after):
         return subspace.update(
-            matrices.Interrupted(dense, after), 24, block_sizes=(20, 40), **arguments
+            dense, 24, block_sizes=(20, 40), progress=matrices.stop_after(after)
         )
 
-    for known, after, spent in (
-        (False, 8, 8),  # The sketch is done, and nothing else.
-        (False, 12, 8),
-        (False, 20, 20),  # 8 for the sketch, 8 for Q, 4 of 8 fresh ones.
-        (True, 20, 20),  # 16 for Q, 4 of 8 fresh ones.
-        (True, 24, 24),
-    ):
+    def seen(warm):
         subspace = estimators.DominantSubspace()
-        if known:
+        if warm:
             subspace.update(dense, 24)
-            before = subspace.basis.numpy()
-        figures = update(subspace, after, partial=True)
-        assert figures.num_matvecs == figures.trace.num_matvecs == spent
+        return subspace
+
+    for warm, after in (
+        (False, 4),  # Half of the sketch.
+        (False, 12),
+        (False, 20),  # 8 for the sketch, 8 for Q, 4 of 8 fresh ones.
+        (True, 20),  # 16 for Q, 4 of 8 fresh ones.
+    ):
+        subspace = seen(warm)
+        before = subspace.basis
+        figures = update(subspace, after)
+        assert figures.num_matvecs == figures.trace.num_matvecs == after
         norm = figures.frobenius_norm
         assert 0 < norm.standard_error < exact
         assert abs(norm.value - exact) <= 4 * norm.standard_error
         assert len(norm.blocks) == 2 and norm.pairs.value.shape == (2, 2)
-        if known:  # Otherwise as with fewer signs from the start.
+        # The next one goes on.
+        assert subspace.basis is not before
+        if warm:  # Otherwise as with fewer signs from the start.
             assert norm.standard_error < 0.02 * exact
-            # And the next one goes on.
-            assert abs(subspace.basis.numpy() - before).max() > 0
         assert np.isfinite(subspace.update(dense, 24).trace.standard_error)
-    for known, after, partial in (
-        (False, 0, True),
-        (True, 0, True),
-        (True, 16, True),  # No fresh direction is done.
-        (False, 8, False),
-    ):
-        subspace = estimators.DominantSubspace()
-        if known:
-            subspace.update(dense, 24)
+    for after in (4, 16):  # No fresh direction is done.
+        subspace = seen(True)
         state = subspace.get_state()
         with pytest.raises(KeyboardInterrupt):
-            update(subspace, after, partial=partial)
-        assert subspace.get_state()["draws"] == state["draws"]
+            update(subspace, after)
+        np.testing.assert_equal(subspace.get_state(), state)
 
 
 def test_state_continues_bit_for_bit():
@@ -419,7 +433,7 @@ def test_state_continues_bit_for_bit():
         one, other = subspace.update(dense, 12), resumed.update(dense, 12)
         assert repr(one.frobenius_norm) == repr(other.frobenius_norm)
         assert one.trace.value == other.trace.value
-        np.testing.assert_array_equal(subspace.basis, resumed.basis)
+        np.testing.assert_array_equal(array(subspace.basis), array(resumed.basis))
     empty = estimators.DominantSubspace()
     resumed.set_state(empty.get_state())
     assert resumed.basis is None
@@ -439,18 +453,6 @@ def test_a_damaged_state_is_mended_or_refused():
         subspace.set_state({"basis": None, "draws": 0})
     with pytest.raises(ValueError, match=r"\(P, k\) with k ≤ P.*\(3, 4\)"):
         subspace.set_state({**state, "basis": np.zeros((3, 4))})
-
-
-def test_nothing_is_traced_again():
-    dense = matrices.named("network", 40)
-    subspace = estimators.DominantSubspace()
-    measure = deflation._measure(None, False)
-    for seed in range(2):
-        subspace.update(dense, 12, seed=seed)
-    before = measure.traces()
-    for seed in range(4):
-        subspace.update(dense, 12, seed=seed)
-    assert measure.traces() == before
 
 
 def test_arguments_are_checked():
