@@ -152,13 +152,13 @@ def _roots(squares: list[Tensor], weights: Tensor, epsilon: Tensor) -> list[Tens
     ]
 
 
-def _steps_as(optimizer: Any, kind: type) -> bool:
+def _steps_as(optimizer: Any, kind: Any) -> bool:
     """Whether it steps by the rule of this class of Keras'.
 
     On PyTorch, an optimizer is made of a subclass of the class that was asked for.
     """
-    return isinstance(optimizer, kind) and type(optimizer).update_step is (
-        kind.update_step  # type: ignore[attr-defined]
+    return (
+        isinstance(optimizer, kind) and type(optimizer).update_step is kind.update_step
     )
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -15,6 +16,12 @@ from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
 from keras_curvature.loss import FunctionLoss, Loss, State, TrainingLoss
 from keras_curvature.operators.finite_differences import difference_product
+
+
+#: As its authors spell it.
+_FRAMEWORK = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[
+    keras.backend.backend()
+]
 
 
 class HessianOperator:
@@ -408,9 +415,10 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
 
     if by_tape and places("second_derivative"):
         _warn(
-            "TensorFlow lacks the second derivative of these operations and takes it "
-            f"for zero without an error: {places('second_derivative')}. The Hessian is "
-            'wrong. Use central differences of the gradient: hvp="finite_difference".'
+            f"{_FRAMEWORK} lacks the second derivative of these operations and takes "
+            f"it for zero without an error: {places('second_derivative')}. The Hessian "
+            "is wrong. Use central differences of the gradient: "
+            'hvp="finite_difference".'
         )
     if places("gradient"):
         _warn(

@@ -133,9 +133,11 @@ def test_the_control_variate_is_unbiased():
 
 
 def test_samples_interact_in_batch_normalization():
-    assert probed("batch_norm_training").op.evaluation.once(
-        find_structure
-    ).samples_interact
+    assert (
+        probed("batch_norm_training")
+        .op.evaluation.once(find_structure)
+        .samples_interact
+    )
     assert not probed("batch_norm").op.evaluation.once(find_structure).samples_interact
     model, x, y, *_ = cases.batch_norm_training()
     one = kc.HessianOperator(model, x[:1], y[:1], training=True)

@@ -11,9 +11,9 @@ from keras import layers, ops, regularizers
 
 import keras_curvature as kc
 from keras_curvature import backend
-from keras_curvature.layerwise.rules import paths
 from keras_curvature.layerwise import exact as exact_diagonal
 from keras_curvature.layerwise import gauss_newton
+from keras_curvature.layerwise.rules import paths
 
 
 def relu_net(classes=3, width=8):

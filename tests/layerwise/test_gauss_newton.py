@@ -10,9 +10,9 @@ from diagonals import assert_close, assert_unbiased, operator
 from keras import layers, losses, ops, regularizers
 
 import keras_curvature as kc
-from keras_curvature.layerwise.rules import paths
 from keras_curvature.layerwise import GaussNewtonDiagonal, gauss_newton
 from keras_curvature.layerwise import outputs as outputs_module
+from keras_curvature.layerwise.rules import paths
 
 
 def dense(case, in_front=None):

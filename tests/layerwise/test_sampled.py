@@ -87,7 +87,7 @@ def test_most_cases_have_a_control_variate(float64):
     without = {
         name
         for name in cases.CASES
-        if probed(name).diagonals.structure(op).samples_interact
+        if diagonals.structure(probed(name).op).samples_interact
         or not controllable(probed(name).op)
     }
     assert without == {"add_loss", "batch_norm_training"}
