@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from typing import Any
 
-import numpy as np
 from keras import ops, tree
 
 from keras_curvature import backend
@@ -109,7 +108,8 @@ def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tenso
         for whole, leaked in sums:
             # Each layer by itself, but for those of no account.
             scale = ops.maximum(whole, 1e-12 * total)
-            leaks.append(leaked / ops.maximum(scale, float(np.finfo(wide).tiny)))
+            # Keras takes maxima in float32 on PyTorch.
+            leaks.append(leaked / ops.maximum(scale, 1e-30))
     return ops.sqrt(ops.max(ops.stack(leaks)))
 
 

@@ -17,7 +17,6 @@ from keras_curvature.evaluation import Evaluation, of_values
 from keras_curvature.loss import FunctionLoss, Loss, State, TrainingLoss
 from keras_curvature.operators.finite_differences import difference_product
 
-
 #: As its authors spell it.
 _FRAMEWORK = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[
     keras.backend.backend()

@@ -67,7 +67,11 @@ def _float():
         yield
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(
+    # Dropout's masks are the backend's own.
+    "name",
+    [n for n in cases.CASES if n != "dropout_training"],
+)
 def test_the_same_weights_and_data_give_the_same_figures(name):
     _, op, dense = probed(name)
     expected = FIGURES[name]
