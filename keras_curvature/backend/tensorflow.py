@@ -41,6 +41,7 @@ def gradient(
     function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]], point: Direction
 ) -> tuple[Tensor, dict[Name, Tensor], dict[Name, Tensor]]:
     """See the contract."""
+    point = _own(point)
     sources = list(point.values())
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(sources)
@@ -68,8 +69,8 @@ class _Recording:
         function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]],
         point: Direction,
     ) -> None:
-        self._point = dict(point)
-        sources = list(point.values())
+        self._point = _own(point)
+        sources = list(self._point.values())
         self._outer = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         with self._outer:
             with tf.GradientTape(watch_accessed_variables=False) as inner:
@@ -124,6 +125,18 @@ class _Recording:
             return _like(sources, dict(zip(sources, parts, strict=True)))
 
         return backward
+
+
+def _own(point: Direction) -> dict[Name, Tensor]:
+    """The point as tensors of its own.
+
+    A tape knows tensors by what they are, so that a function which uses one of the
+    point's in another way as well would be differentiated by that too.
+    """
+    return {
+        name: x if isinstance(x, tf.Variable) else tf.identity(x)
+        for name, x in point.items()
+    }
 
 
 def _like(point: Direction, parts: Direction) -> dict[Name, Tensor]:

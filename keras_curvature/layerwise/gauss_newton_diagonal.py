@@ -175,7 +175,9 @@ def _by_samples(recording: LayerRecording, i: int) -> Tensor:
 
     def entry(j: Any) -> list[Tensor]:
         n, c = j // space.count, j % space.count
-        here = ops.cast(ops.arange(space.known_samples) == n, s.dtype)[:, None]
+        here = ops.cast(ops.arange(space.known_samples, dtype="int32") == n, s.dtype)[
+            :, None
+        ]
         rows = (ops.one_hot(c, space.count, dtype=s.dtype)[None], s[:, c])
         first, second = (back(space.parted(here * row))[i] for row in rows)
         return [ops.reshape(first * second, value.shape)]

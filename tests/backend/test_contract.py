@@ -784,3 +784,16 @@ def test_function_of_variables(compiled):
     np.testing.assert_allclose(gradient["y"], 12)
     np.testing.assert_array_equal(x.value, [1, 2])
     np.testing.assert_array_equal(y.value, 3)
+
+
+def test_a_tensor_of_the_point_that_is_also_used_beside_it_is_a_constant_there():
+    x = backend.array(np.array([1.0, 2.0], "float32"))
+
+    def function(point):
+        return ops.sum(point["x"] ** 2 * x), {}
+
+    _, _, gradient = backend.gradient(function, {"x": x})
+    np.testing.assert_allclose(ops.convert_to_numpy(gradient["x"]), [2.0, 8.0])
+    recording = backend.record(function, {"x": x})
+    product = recording.product(["x"], ["x"])({"x": ops.ones_like(x)})
+    np.testing.assert_allclose(ops.convert_to_numpy(product["x"]), [2.0, 4.0])
