@@ -150,7 +150,8 @@ def jacobian_errors(
             use, z = uses.get(place), met.output[:_SAMPLES]
             if use is not None:
                 place_key = backend.fold_in(key, 1 + numbers[place])
-                v = backend.signs(ops.shape(z), place_key, z.dtype)
+                # Sums of signs may agree by luck, those of normal numbers do not.
+                v = backend.normal(ops.shape(z), place_key, z.dtype)
                 pairings.append(ops.cast(ops.sum(v * z), backend.wide_float()))
                 for path in use.paths(use.taps(met)):
                     i = next(
