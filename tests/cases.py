@@ -528,3 +528,18 @@ def subclassed():
     x = _numbers(5, 3)
     model(x)
     return Case(randomize(model), x, _numbers(5, 2, seed=1))
+
+
+class Positions(layers.Layer):
+    """Adds an embedding of the positions, which is computed from constants alone."""
+
+    def __init__(self, length, **kwargs):
+        super().__init__(**kwargs)
+        self.length = length
+        self.table = layers.Embedding(length, 2)
+
+    def build(self, input_shape):
+        self.table.build(())
+
+    def call(self, x):
+        return x + self.table(ops.arange(self.length))

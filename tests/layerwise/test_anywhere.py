@@ -163,25 +163,10 @@ def test_gauss_newton():
     assert np.all(np.abs(value - np.diag(dense)) <= 6 * error + 1e-5 * value.max())
 
 
-class Positions(layers.Layer):
-    """Adds an embedding of the positions, which is computed from constants alone."""
-
-    def __init__(self, length, **kwargs):
-        super().__init__(**kwargs)
-        self.length = length
-        self.table = layers.Embedding(length, 2)
-
-    def build(self, input_shape):
-        self.table.build(())
-
-    def call(self, x):
-        return x + self.table(ops.arange(self.length))
-
-
 def test_a_layer_that_is_called_on_a_constant():
     # As many positions as samples: their number tells nothing.
     inputs = layers.Input((4, 2))
-    x = layers.Dense(2, activation="tanh")(Positions(4)(inputs))
+    x = layers.Dense(2, activation="tanh")(cases.Positions(4)(inputs))
     model = cases.functional(inputs, layers.Dense(2)(layers.Flatten()(x)))
     x, y = cases._numbers(4, 4, 2), cases._numbers(4, 2, seed=1)
     op = kc.HessianOperator(model, x, y)

@@ -64,25 +64,10 @@ def spectral():
     return case._replace(training=True)
 
 
-class Positions(layers.Layer):
-    """Adds an embedding of the positions, which are the same for all samples."""
-
-    def __init__(self, length, **kwargs):
-        super().__init__(**kwargs)
-        self.length = length
-        self.table = layers.Embedding(length, 2)
-
-    def build(self, input_shape):
-        self.table.build(())
-
-    def call(self, x):
-        return x + self.table(ops.arange(self.length))
-
-
 def positions():
     # As many positions as samples.
     inputs = layers.Input((4, 2))
-    x = layers.Dense(2, activation="tanh")(Positions(4)(inputs))
+    x = layers.Dense(2, activation="tanh")(cases.Positions(4)(inputs))
     return functional(inputs, layers.Dense(2)(layers.Flatten()(x)))
 
 
