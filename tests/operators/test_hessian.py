@@ -909,7 +909,7 @@ def test_chunks_equal_the_whole(float64):
             warnings.simplefilter("error")
             op = operator(case, batch_size=batch_size)
         np.testing.assert_allclose(op.to_dense(), dense, atol=1e-12)
-        assert op.data.num_batches == -(-8 // batch_size)
+        assert op.evaluation.data.num_batches == -(-8 // batch_size)
         assert op._products.traces() <= 2
 
 
