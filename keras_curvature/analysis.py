@@ -169,12 +169,12 @@ def diagonal_moments(
         `Moments` whose tensors are flat and stay on the device, without a norm.
     """
     _check_choice(method, ("auto", "exact", "layerwise", "hutchinson", "gauss_newton"))
-    by_layers = _has_layers(operator)
+    by_layers = has_layers(operator)
     if method == "layerwise" and not by_layers:
         warnings.warn(
             "Curvature at the layers' outputs does not give the diagonal here: the "
-            "samples of a batch interact (BatchNormalization in training mode, or a "
-            "layer that mixes the batch), or there is no Keras model to open. Using "
+            "samples of a batch interact (BatchNormalization with batch statistics, or "
+            "a layer that mixes the batch), or there is no Keras model to open. Using "
             "random signs on the parameters (Hutchinson) instead.",
             stacklevel=3,
         )
@@ -275,7 +275,7 @@ def hessian_trace(
     """
     _check_choice(method, ("auto", "exact", "layerwise", "deflated", "hutchinson"))
     operator = operator_for(model, x, y, options)
-    if method == "auto" and not _has_layers(operator):
+    if method == "auto" and not has_layers(operator):
         method = "deflated"
     with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
@@ -399,7 +399,7 @@ def hessian_matrix(
     return operator.to_dense()
 
 
-def _has_layers(operator: HessianOperator) -> bool:
+def has_layers(operator: HessianOperator) -> bool:
     """Whether the diagonal can be had from the layers' outputs."""
     return (
         isinstance(operator.evaluation.loss, TrainingLoss)

@@ -10,6 +10,7 @@ a derivative of that function.
 """
 
 import contextlib
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ from keras_curvature.data_sets import Batch
 from keras_curvature.parameters import Layout
 
 _LOW_PRECISION = ("float16", "bfloat16")
+
+#: How the layers of a model run, by the value of `training`.
+MODES = {None: "training without noise", False: "inference", True: "training"}
 
 
 class State(NamedTuple):
@@ -55,13 +59,19 @@ class TrainingLoss:
             `sum(model.losses)` for regularizers.
         variables: the Keras variables to differentiate by. Defaults to
             `model.trainable_variables` as they are now.
-        training: value of the `training` argument of the layers. With `True`,
-            dropout masks are the same in every call as long as the model's seeds
-            do not move.
+        training: how the layers run. `None`: as in training, without its noise.
+            BatchNormalization takes the statistics of the batch, and is differentiated
+            through them; layers that draw random numbers (Dropout, noise,
+            augmentation) run as in inference. `False`: all as in inference.
+            `True`: all as in training; dropout masks are the same in every call as
+            long as the model's seeds do not move.
 
     Attributes:
         model: the model.
         training: as given.
+        mode: the same in words, a `str`.
+        takes_batch_statistics: whether BatchNormalization takes the statistics of the
+            batch. The loss then depends on how samples are put into batches.
         is_compiled: whether the loss is the one that the model was compiled with.
         variables: the variables that the loss is differentiated by.
         layout: their `Layout` in a flat vector.
@@ -78,11 +88,12 @@ class TrainingLoss:
         *,
         loss_fn: Callable[..., Any] | None = None,
         variables: Sequence[Any] | None = None,
-        training: bool = False,
+        training: bool | None = None,
     ):
         _check(model, loss_fn, variables)
         self.model = model
         self.training = training
+        self.mode = MODES[training]
         self.is_compiled = loss_fn is None
         self._loss_fn = loss_fn
         self._build(batch)
@@ -96,7 +107,12 @@ class TrainingLoss:
             )
         self.layout = layout_of(self.variables)
         self._others: tuple[Any, ...] = ()
-        self.findings, self._others = _look(self, batch)
+        self.findings, self._others, updated = _look(self, batch)
+        self.takes_batch_statistics = any(
+            isinstance(layer, keras.layers.BatchNormalization)
+            and id(layer.moving_mean) in updated
+            for layer in self.layers()
+        )
 
     def _build(self, batch: Batch) -> None:
         model = self.model
@@ -138,6 +154,8 @@ class TrainingLoss:
             stack.enter_context(_random_state_at_rest())
             stack.enter_context(keras_internals.losses_at_rest(self.model))
             stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
+            if self.training is None:
+                stack.enter_context(_noise_at_rest(self.layers()))
             stack.enter_context(scope)
             if self._loss_fn is not None:
                 extra = () if sample_weight is None else (sample_weight,)
@@ -145,11 +163,11 @@ class TrainingLoss:
             return _as_scalar(self._compiled_loss(x, y, sample_weight))
 
     def _compiled_loss(self, x: Any, y: Any, sample_weight: Any) -> Tensor:
-        model = self.model
-        y_pred = model(x, training=self.training)
+        model, training = self.model, self.training is not False
+        y_pred = model(x, training=training)
         arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
         if _takes_training(model.compute_loss):
-            arguments["training"] = self.training
+            arguments["training"] = training
         loss, replicas = model.compute_loss(**arguments), backend.num_replicas()
         # Within the scope of a distribution strategy Keras divides the loss by the
         # number of replicas, because each of them would see a part of the batch.
@@ -195,7 +213,7 @@ class FunctionLoss:
             self._native = backend.function_of_variables(loss_fn, raw)
             self.variables = tuple(raw)
         self.layout = layout_of(self.variables)
-        self.findings, self._others = _look(self, (None, None, None))
+        self.findings, self._others, _ = _look(self, (None, None, None))
 
     def state(self) -> State:
         """The present values of the parameters."""
@@ -282,23 +300,30 @@ def unique_names(variables: Sequence[Any]) -> list[str]:
     return names
 
 
-def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...]]:
-    """What is known of the gradient, and the other variables that the loss reads.
+def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...], set[int]]:
+    """What is known of the gradient, and of other variables.
 
     Traced once, when the loss is made, with the other variables as they are.
+
+    Returns:
+        The findings; the other variables that the loss reads; and the ids of the
+        variables that it would update.
     """
     read: list[Any] = []
+    updated: set[int] = set()
 
     def of_point(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
         scope = _NotingScope(collect_losses=True)
         _give(scope, loss.variables, list(point.values()))
+        scope.updated.clear()
         value = loss.evaluate(scope, batch)
         read[:] = scope.read.values()
+        updated.update(scope.updated)
         return value, {}
 
     with backend.twice_differentiable():
         findings = backend.examine(of_point, dict(enumerate(loss.state().values)))
-    return findings, tuple(read)
+    return findings, tuple(read), updated
 
 
 def _state(variables: Sequence[Any], others: Sequence[Any]) -> State:
@@ -310,11 +335,20 @@ def _state(variables: Sequence[Any], others: Sequence[Any]) -> State:
 
 
 class _NotingScope(keras.StatelessScope):  # type: ignore[misc]
-    """A scope that notes which variables are read that it has no value for."""
+    """A scope that notes which variables are read that it has no value for.
+
+    And the ids of those that are given one.
+    """
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.read: dict[int, Any] = {}
+        self.updated: set[int] = set()
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        """Gives a variable a value."""
+        self.updated.add(id(update[0]))
+        super().add_update(update)
 
     def get_current_value(self, variable: Any) -> Any:
         """The value of a variable, or `None`."""
@@ -410,6 +444,44 @@ def _as_scalar(loss: Any) -> Tensor:
             f"{tuple(loss.shape)}, dtype {dtype}. Average or sum it over the samples."
         )
     return backend.array(loss, _full_precision(dtype))
+
+
+@contextlib.contextmanager
+def _noise_at_rest(layers: Sequence[Any]) -> Iterator[None]:
+    """A context in which layers that draw random numbers run as in inference.
+
+    Noise is what a layer with a `keras.random.SeedGenerator` does in training only. A
+    layer that puts others with weights together is not meant: it passes on what mode
+    the others run in, and each of them is looked at by itself.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if _draws(layer) and not any(
+                inner.weights for inner in keras_internals.flat_layers(layer)
+            ):
+                call = _as_in_inference(layer.call)
+                stack.enter_context(keras_internals.replaced(layer, "call", call))
+        yield
+
+
+def _draws(layer: Any) -> bool:
+    generator = keras.random.SeedGenerator
+    return any(isinstance(value, generator) for value in vars(layer).values())
+
+
+def _as_in_inference(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's `call` with `training=False`, if it takes that."""
+    signature = inspect.signature(call)
+    if "training" not in signature.parameters:
+        return call
+
+    @functools.wraps(call)
+    def still(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["training"] = False
+        return call(*bound.args, **bound.kwargs)
+
+    return still
 
 
 @contextlib.contextmanager

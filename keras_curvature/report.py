@@ -49,8 +49,9 @@ def curvature_summary(
     Returns:
         A list of dictionaries, one for each layer, and a last one with the name
         `"total"` that also holds `hessian_trace`, `hessian_frobenius_norm`,
-        `hessian_max_eigenvalue`, their errors, and `off_diagonal_share`: the share of
-        the squared norm outside of the layers' diagonal blocks.
+        `hessian_max_eigenvalue`, their errors, `off_diagonal_share` (the share of
+        the squared norm outside of the layers' diagonal blocks), and `mode`: how the
+        layers ran.
 
     Raises:
         ValueError: for an unknown method or inconsistent data.
@@ -78,6 +79,7 @@ def curvature_summary(
     for layer in layers:
         layer["variables"] = ", ".join(names[layer["name"]])
     total = {"name": "total", "size": operator.shape[0]}
+    total["mode"] = records.mode_of(operator)
     total.update(records.scalar_figures(diagonal, figures))
     total["off_diagonal_share"] = 1 - sum(layer["block_share"] for layer in layers)
     errors = [layer["block_share_standard_error"] for layer in layers]
@@ -168,6 +170,8 @@ def _table(layers, total):
     summary.append(
         f"Between layers: {off:.0%} of ‖H‖²" + (f" ± {error:.0%}" if error else "")
     )
+    if total["mode"]:
+        summary.append(f"Layers ran as in {total['mode']}")
     console = rich.console.Console(highlight=False)
     with console.capture() as capture:
         console.print(table)
@@ -178,4 +182,6 @@ def _table(layers, total):
 
 def _with_error(value, error):
     """`1.23 ± 0.05`, with an error of two digits and the value as precise."""
+    if value is None:
+        return "not known"
     return f"{value:.3g}" + (f" ± {error:.1g}" if error else "")

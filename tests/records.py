@@ -7,6 +7,7 @@ import numpy as np
 from keras_curvature.tensorboard import signed_log
 
 SERVED_STEPS = (0, 100, 200, 300)
+MODE = "training without noise, BatchNormalization over 64 samples"
 LAYERS = ("conv1", "conv2", "block/attention", "block/norm", "head/dense", "logits")
 
 
@@ -41,6 +42,7 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
         "step": step,
         "epoch": step // 400,
         "loss": 2.3 * math.exp(-step / 700) + 0.1,
+        "mode": MODE,
         "learning_rate": learning_rate,
         "hessian_trace": trace,
         "hessian_trace_standard_error": 0.04 * trace,

@@ -10,6 +10,7 @@ from keras import layers, ops
 
 from keras_curvature import backend
 from keras_curvature.data import ProbeData
+from keras_curvature.keras_internals import flat_layers
 from keras_curvature.loss import FunctionLoss, State, TrainingLoss
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -86,9 +87,109 @@ def test_dropout_masks_move_with_the_seeds_only():
     np.testing.assert_allclose(value(inference, batch), expected, rtol=1e-6)
 
 
+def noisy(kind):
+    """A model with noise of some kind, and what it is without."""
+    still = {
+        "dropout": (layers.Dropout(0.5), layers.Identity()),
+        "noise": (layers.GaussianNoise(1.0), layers.Identity()),
+        "nested": (
+            keras.Sequential([layers.Dense(3), layers.Dropout(0.5)]),
+            keras.Sequential([layers.Dense(3), layers.Identity()]),
+        ),
+        "recurrent": (
+            layers.LSTM(3, dropout=0.5, recurrent_dropout=0.5),
+            layers.LSTM(3),
+        ),
+        "attention": (
+            SelfAttention(dropout=0.5),
+            SelfAttention(dropout=0.0),
+        ),
+        "augmentation": (layers.RandomBrightness(0.5), layers.Identity()),
+    }[kind]
+    shape = {"recurrent": (4, 2), "attention": (4, 2), "augmentation": (4, 4, 3)}
+    models = [
+        cases.sequential(
+            layers.Input(shape.get(kind, (3,))),
+            layer,
+            layers.Flatten(),
+            layers.Dense(4),
+            layers.BatchNormalization(),
+            layers.Dense(2),
+        )
+        for layer in still
+    ]
+    models[1].set_weights(models[0].get_weights())
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(6, *shape.get(kind, (3,)))).astype("float32")
+    return *models, x, rng.normal(size=(6, 2)).astype("float32")
+
+
+class SelfAttention(layers.Layer):
+    def __init__(self, dropout):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(1, 2, dropout=dropout)
+        # Layers that put others together may draw numbers of their own.
+        self.seeds = keras.random.SeedGenerator(0)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x, training=False):
+        return self.attention(x, x, training=training)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dropout", "noise", "nested", "recurrent", "attention", "augmentation"],
+)
+def test_by_default_layers_run_as_in_training_without_its_noise(kind):
+    model, without_noise, x, y = noisy(kind)
+    inner = flat_layers(model)
+    before = [vars(layer).get("call") for layer in inner]
+    loss, batch = made(cases.Case(model, x, y), training=None)
+    expected, _ = made(cases.Case(without_noise, x, y), training=True)
+    inference, _ = made(cases.Case(model, x, y), training=False)
+    np.testing.assert_allclose(value(loss, batch), value(expected, batch), rtol=1e-5)
+    assert abs(value(loss, batch) - value(inference, batch)) > 1e-3
+    assert loss.takes_batch_statistics and not inference.takes_batch_statistics
+    assert [vars(layer).get("call") for layer in inner] == before
+
+
+def test_normalization_that_training_does_not_renew_takes_no_batch_statistics():
+    class FineTuned(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.base = keras.Sequential([layers.Dense(3), layers.BatchNormalization()])
+            self.head = layers.Dense(2)
+
+        def call(self, x, training=None):
+            return self.head(self.base(x, training=False))
+
+    frozen = cases.batch_norm()
+    frozen.model.layers[1].trainable = False
+    subclassed = FineTuned()
+    subclassed.compile("sgd", "mse")
+    for case in (frozen, frozen._replace(model=subclassed)):
+        loss, batch = made(case, training=None)
+        inference, _ = made(case, training=False)
+        assert not loss.takes_batch_statistics
+        assert value(loss, batch) == value(inference, batch)
+
+
+def test_a_loss_function_decides_on_the_mode_but_not_on_noise():
+    def loss_fn(model, x, y):
+        return ops.mean((model(x, training=True) - y) ** 2)
+
+    model, without_noise, x, y = noisy("dropout")
+    loss, batch = made(cases.Case(model, x, y), training=None, loss_fn=loss_fn)
+    expected, _ = made(cases.Case(without_noise, x, y), training=True)
+    np.testing.assert_allclose(value(loss, batch), value(expected, batch), rtol=1e-5)
+    assert loss.takes_batch_statistics
+
+
 def test_layers_without_the_argument_training():
     case = cases.subclassed()
-    for training in (False, True):
+    for training in (None, False, True):
         assert np.isfinite(value(*made(case, training=training)))
 
 

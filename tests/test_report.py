@@ -82,6 +82,23 @@ def test_the_table(capsys):
     assert capsys.readouterr().out.strip() == text.strip()
 
 
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        (None, "training without noise, BatchNormalization over 5 samples"),
+        (True, "training, BatchNormalization over 5 samples"),
+        (False, "inference"),
+    ],
+)
+def test_the_table_says_how_the_layers_ran(training, told):
+    model, x, y, *_ = cases.batch_norm()
+    summary = kc.curvature_summary(
+        model, x, y, training=training, num_matvecs=2, print_fn=False, verbose=False
+    )
+    assert summary[-1]["mode"] == told
+    assert summary.table().split("\n")[-1] == f" Layers ran as in {told}"
+
+
 def test_a_loss_without_curvature():
     """A linear model with a linear loss: H is zero, and no figure undefined."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

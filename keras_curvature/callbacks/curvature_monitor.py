@@ -47,6 +47,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     |---|---|
     | `step`, `epoch` | `optimizer.iterations` and epoch at the probe |
     | `loss` | training loss on the probe data |
+    | `mode` | how the layers ran: as in `"training without noise"`, `"inference"` or `"training"`, and how many samples BatchNormalization took its statistics of |
     | `learning_rate` | of the optimizer at that step |
     | `hessian_trace`, `hessian_frobenius_norm` | the figures |
     | `hessian_max_eigenvalue` | largest eigenvalue |
@@ -334,6 +335,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "step": self._step(),
             "epoch": self._epoch,
             "loss": number(operator.loss()).item(),
+            "mode": records.mode_of(operator),
             "learning_rate": learning_rate(model),
         }
         record.update(self._measurement.take(model, operator, self._pace.num_matvecs))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_curvature import record as records
-from keras_curvature.analysis import diagonal_moments
+from keras_curvature.analysis import diagonal_moments, has_layers
 from keras_curvature.callbacks.hand_over import hand_over
 from keras_curvature.callbacks.sharpness import Sharpness
 from keras_curvature.estimators import DominantSubspace, spectral_density
@@ -102,7 +102,7 @@ class Measurement:
         if self._method == "auto" and moments.trace.standard_error != 0:
             # Found too dear once, which need not be found out again. What is cheap
             # depends on the weights, and is looked at anew.
-            self._method = "layerwise"
+            self._method = "layerwise" if has_layers(operator) else "hutchinson"
         return moments
 
     def _seed_of_probe(self):

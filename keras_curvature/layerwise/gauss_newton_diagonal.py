@@ -38,8 +38,8 @@ class GaussNewtonDiagonal:
         if self._structure.samples_interact:
             raise ValueError(
                 "The Gauss–Newton diagonal is computed sample by sample, and the "
-                "samples of this model interact (BatchNormalization in training mode, "
-                "or a layer that mixes the batch). Use training=False, or "
+                "samples of this model interact (BatchNormalization with batch "
+                "statistics, or a layer that mixes the batch). Use training=False, or "
                 'method="hutchinson".'
             )
         self._count = sum(output_sizes(self._structure))

@@ -53,7 +53,10 @@ class HessianOperator:
             are not compiled with one.
         variables: Keras variables to differentiate by. Defaults to
             `model.trainable_variables`, as they are when the operator is made.
-        training: whether layers run in training mode. Defaults to `False`.
+        training: how the layers run. `None`, the default, is as in training without
+            its noise: BatchNormalization takes the statistics of the batch, and is
+            differentiated through them; Dropout, noise and augmentation are still.
+            `False` is as in inference, `True` as in training with its noise.
         batch_size: splits arrays into chunks of this many samples whose products
             are summed, for probes larger than memory. For losses that are means
             over samples the result is the same; others give the mean over the
@@ -86,7 +89,7 @@ class HessianOperator:
         class_weight: dict[int, float] | None = None,
         loss_fn: Callable[..., Any] | None = None,
         variables: Sequence[Any] | None = None,
-        training: bool = False,
+        training: bool | None = None,
         batch_size: int | None = None,
         hvp: str = "tape",
         jit_compile: bool = False,

@@ -6,8 +6,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -17,7 +17,6 @@ from keras_curvature.tensorboard import summaries
 from keras_curvature.tensorboard.record_format import framed
 
 # A layer's name and size, for each layer.
-Layers: TypeAlias = tuple[tuple[str, int], ...]
 
 # Readers know the format by this.
 _VERSION = "brain.Event:2"
@@ -46,7 +45,7 @@ class EventFile:
         self._writing = threading.Lock()
         self._file: _LocalFile | _RemoteFile
         self._described: set[str]
-        self._layers: Layers | None
+        self._standing: dict[str, bytes]
         self._begin()
 
     @classmethod
@@ -73,15 +72,18 @@ class EventFile:
                 del self._open[self._directory]
 
     def write(
-        self, values: Iterable[Summary.Value], step: int, layers: Layers | None = None
+        self,
+        values: Iterable[Summary.Value],
+        step: int,
+        standing: Sequence[Summary.Value] = (),
     ) -> None:
         """Writes values of one step as one event, which is on disk afterwards.
 
         Args:
             values: The values.
             step: The step.
-            layers: Names and sizes of the layers. They are written with the values
-                unless they are what was written last.
+            standing: Values that seldom change. Each is written unless it is what was
+                written last under its tag.
 
         Raises:
             OSError: If the file cannot be written.
@@ -94,12 +96,15 @@ class EventFile:
                 # TensorBoard takes a tag's description from its first event.
                 if value.tag in self._described:
                     value.metadata.summary_description = ""
-            if layers is not None and layers != self._layers:
-                summary.value.append(summaries.layer_table(layers))
+            known = {value.tag: value.SerializeToString() for value in standing}
+            summary.value.extend(
+                value
+                for value in standing
+                if known[value.tag] != self._standing.get(value.tag)
+            )
             self._file.append(_event(step=step, summary=summary))
             self._described.update(value.tag for value in summary.value)
-            if layers is not None:
-                self._layers = layers
+            self._standing.update(known)
 
     def _begin(self) -> None:
         kind = _RemoteFile if _is_remote(self._directory) else _LocalFile
@@ -108,7 +113,7 @@ class EventFile:
         file.append(_event(file_version=_VERSION) + _event(step=0, summary=layout))
         self._file = file
         self._described = set()
-        self._layers = None
+        self._standing = {}
 
 
 def check_reachable(directory: str) -> None:

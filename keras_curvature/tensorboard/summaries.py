@@ -22,6 +22,7 @@ from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.util import tensor_util
 
 from keras_curvature.tensorboard import signed_log, tags
@@ -95,6 +96,15 @@ def image(tag: str, pixels: np.ndarray, description: str | None = None) -> Value
         tag,
         np.array(parts, dtype=object),
         image_metadata.create_summary_metadata(None, description),
+    )
+
+
+def text(tag: str, markdown: str, description: str | None = None) -> Value:
+    """A text, which TensorBoard shows in its Text tab."""
+    return _value(
+        tag,
+        np.array(markdown.encode(), dtype=object),
+        text_metadata.create_summary_metadata(None, description),
     )
 
 

@@ -29,6 +29,7 @@ say how certain the others are begin with a late letter.
 | `spectral_density` | `spectral_density` | image of the density of all eigenvalues, on request |
 | `optimizer/<key>` | `optimizer` | whatever the optimizer tells about itself |
 | `curvature_layers` | `layers` | names and sizes of the layers, in their order in the model |
+| `mode` | `mode` | text: how the layers ran |
 
 A figure that is missing from the record, or None, has no tag.
 """  # noqa: E501
@@ -233,4 +234,9 @@ VARIABLE_HISTOGRAM = "diagonal_of_variable"
 HEAT_MAP = "diagonal_heat_map"
 SPECTRAL_DENSITY = "spectral_density"
 LAYER_TABLE = "curvature_layers"
+MODE = "mode"
+MODE_DESCRIPTION = (
+    "How the layers of the model ran while the curvature was measured: in training, "
+    "BatchNormalization takes the statistics of the batch."
+)
 OPTIMIZER = "optimizer"

@@ -1,12 +1,12 @@
 """Writes the monitor's records into event files."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from keras_curvature.tensorboard import event_file, summaries, tags
 from keras_curvature.tensorboard.density_image import density_image
-from keras_curvature.tensorboard.event_file import EventFile, Layers
+from keras_curvature.tensorboard.event_file import EventFile
 from keras_curvature.tensorboard.heat_map import HeatMap
 
 _HEAT_MAP_DESCRIPTION = (
@@ -91,7 +91,7 @@ class CurvatureWriter:
             values.append(
                 summaries.image(tags.SPECTRAL_DENSITY, pixels, _DENSITY_DESCRIPTION)
             )
-        self._open().write(values, step, _layers_of(record))
+        self._open().write(values, step, list(_standing(record)))
         if drawn:
             self._next_drawing = _HEAT_MAP_GROWTH * self._probes
             self._undrawn_step = None
@@ -145,9 +145,13 @@ class CurvatureWriter:
         )
 
 
-def _layers_of(record: Mapping[str, Any]) -> Layers:
+def _standing(record: Mapping[str, Any]) -> Iterator[summaries.Value]:
+    """What a record says of the model and not of its curvature."""
     layers = record.get("layers") or ()
-    return tuple((layer["name"], int(layer.get("size") or 0)) for layer in layers)
+    sizes = tuple((layer["name"], int(layer.get("size") or 0)) for layer in layers)
+    yield summaries.layer_table(sizes)
+    if record.get("mode"):
+        yield summaries.text(tags.MODE, record["mode"], tags.MODE_DESCRIPTION)
 
 
 def _step_of(record: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 import csv
 import gc
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -144,6 +145,7 @@ def test_record():
     h = op.to_dense()
     assert record.pop("seconds") > 0
     assert 0 <= record.pop("overhead") < 1
+    assert record.pop("mode") == "training without noise"
     # All of P, and one for each logit: both are exact.
     assert record.pop("num_matvecs") == 31 + 3
     expected = {
@@ -174,6 +176,23 @@ def test_record():
     assert [p["size"] for p in parts] == [16, 15]
     np.testing.assert_allclose(sum(p["trace"] for p in parts), np.trace(h), rtol=1e-4)
     np.testing.assert_allclose(sum(p["frobenius_share"] for p in parts), 1, rtol=1e-5)
+
+
+def test_batch_normalization_is_probed_as_it_trains():
+    keras.utils.set_random_seed(0)
+    x, y = data()
+    model = network(layers.Dense(4), layers.BatchNormalization(), layers.Dense(3))
+    watch = kc.CurvatureMonitor((x, y), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, watch)
+    modes = {record["mode"] for record in watch.history}
+    assert modes == {
+        f"training without noise, BatchNormalization over {len(x)} samples"
+    }
+    y_pred = model(x, training=True)
+    loss = keras.ops.convert_to_numpy(model.compute_loss(x, y, y_pred))
+    np.testing.assert_allclose(watch.history[-1]["loss"], loss, rtol=1e-5)
 
 
 def test_seed_decides_the_figures():

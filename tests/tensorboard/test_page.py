@@ -9,7 +9,7 @@ import time
 import urllib.request
 
 import pytest
-from records import LAYERS, synthetic_record
+from records import LAYERS, MODE, synthetic_record
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
@@ -165,6 +165,7 @@ def test_first_sight(page):
     share = last["hessian_preconditioned_max_eigenvalue"] / last["stability_threshold"]
     shown = re.search(r"exceeds its stability threshold \((\d+) % of it\)", answer)
     assert float(shown[1]) == pytest.approx(100 * share, abs=0.51)
+    assert answer.endswith(f"Layers ran as in {MODE}.")
     tiles = {
         tile.get_attribute("data-figure"): tile.text.split("\n")[1]
         for tile in page.all(".tile")

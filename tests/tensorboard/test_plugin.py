@@ -11,7 +11,7 @@ import urllib.error
 
 import numpy as np
 import pytest
-from records import LAYERS, SERVED_STEPS, synthetic_record
+from records import LAYERS, MODE, SERVED_STEPS, synthetic_record
 
 from keras_curvature.tensorboard import plugin, tags
 from keras_curvature.tensorboard.plugin.plugin import CurvaturePlugin
@@ -70,6 +70,7 @@ def test_a_table_holds_what_was_written(server):
             [record[figure.key] for record in records],
             rtol=1e-6,
         )
+    assert table["mode"] == MODE
     assert set(table["layer_figures"]) == {f.key for f in tags.LAYER_FIGURES}
     for figure in tags.LAYER_FIGURES:
         for i, layer in enumerate(LAYERS):
@@ -93,6 +94,7 @@ def test_what_is_missing_is_null(server):
             "two_over_learning_rate": [None, 4.0],
         },
         "layer_figures": {},
+        "mode": "",
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from event_files import event_files, events, read, scalars
 from PIL import Image
-from records import LAYERS, synthetic_record
+from records import LAYERS, MODE, synthetic_record
 
 from keras_curvature.tensorboard import signed_log, summaries, tags
 from keras_curvature.tensorboard.heat_map import HeatMap
@@ -40,6 +40,7 @@ GLOBAL = {
     "optimizer/clipped_share",
     "diagonal_heat_map",
     "curvature_layers",
+    "mode",
 }
 FIGURES = (
     "diagonal_mean",
@@ -280,6 +281,16 @@ def test_layers_are_listed_in_the_order_of_the_model(tmp_path):
     assert list(listed) == [1]
     assert [name.decode() for name, _ in listed[1]] == list(LAYERS)
     assert [int(size) for _, size in listed[1]] == [p["size"] for p in record["layers"]]
+
+
+def test_how_the_layers_ran_is_told_when_it_changes(tmp_path):
+    first = synthetic_record(1)
+    write(tmp_path, first, synthetic_record(2), {"step": 3, "mode": "inference"})
+    told = read(tmp_path)["mode"]
+    assert {step: text.item() for step, text in told.items()} == {
+        1: MODE.encode(),
+        3: b"inference",
+    }
 
 
 def test_images_grow_with_the_logarithm_of_the_probes_and_end_with_the_last(tmp_path):

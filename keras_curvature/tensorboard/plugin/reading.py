@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from tensorboard.context import RequestContext
 from tensorboard.data.provider import DataProvider, RunTagFilter
 from tensorboard.plugins.scalar.metadata import PLUGIN_NAME as SCALARS
+from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXTS
 
 from keras_curvature.tensorboard import tags
 
@@ -30,6 +31,7 @@ class Table:
         sizes: The number of parameters of each layer, 0 where it is not known.
         figures: A column for each global figure; None at a step without a value.
         layer_figures: For each figure and layer a column.
+        mode: How the layers ran; empty if the run does not tell.
     """
 
     steps: list[int]
@@ -37,6 +39,7 @@ class Table:
     sizes: list[int]
     figures: dict[str, Column]
     layer_figures: dict[str, dict[str, Column]]
+    mode: str = ""
 
 
 class Reader:
@@ -110,7 +113,19 @@ class Reader:
                 table.figures[figure] = column
             else:
                 table.layer_figures.setdefault(figure, {})[layer] = column
+        table.mode = self._mode(ctx, experiment, run)
         return table
+
+    def _mode(self, ctx: RequestContext, experiment: str, run: str) -> str:
+        texts = self._provider.read_tensors(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=TEXTS,
+            downsample=1,
+            run_tag_filter=RunTagFilter(runs=[run], tags=[tags.MODE]),
+        )
+        points = texts.get(run, {}).get(tags.MODE)
+        return _text(points[-1].numpy.item()) if points else ""
 
     def _layers(
         self, ctx: RequestContext, experiment: str, run: str

@@ -210,6 +210,7 @@ class Page {
         ? html('strong', {}, `exceeds its stability threshold (${share} of it).`)
         : `is ${share} of its stability threshold.`);
     }
+    if (table.mode) parts.push(` Layers ran as in ${table.mode}.`);
     this.answer.replaceChildren(...parts);
 
     const last = (key) => lastOf(table.figures[key])?.value;
