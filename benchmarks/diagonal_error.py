@@ -11,8 +11,8 @@ import networks
 import numpy as np
 from xdiag import xdiag
 
-from keras_curvature import HessianOperator, estimators
-from keras_curvature.operators import ExactDiagonal, LayerwiseDiagonal
+from keras_curvature import HessianOperator
+from keras_curvature.analysis import diagonal_moments
 
 REPETITIONS = 16
 
@@ -23,8 +23,7 @@ def run(names=tuple(networks.BUILDERS)):
     for name in names:
         network = networks.trained(name)
         op = HessianOperator(network.model, network.x, network.y)
-        exact = ExactDiagonal(op.layer_outputs)
-        truth = exact.compute(exact.plan()).numpy()
+        truth = _diagonal(op, method="exact")
         estimators_by_name = {
             ("layerwise, joint", 1): lambda seed, op=op: _layerwise(op, 1, seed),
             ("layerwise, joint", 8): lambda seed, op=op: _layerwise(op, 8, seed),
@@ -47,7 +46,7 @@ def run(names=tuple(networks.BUILDERS)):
         errors = {
             key: _error(estimate, truth) for key, estimate in estimators_by_name.items()
         }
-        timed = {"gradient": lambda op=op: op.value_and_gradient()[1].numpy()}
+        timed = {"gradient": lambda op=op: measure.on_host(op.value_and_gradient()[1])}
         timed |= {k: lambda f=f: f(0) for k, f in estimators_by_name.items()}
         seconds = measure.median_seconds(timed, rounds=9)
         gradient = seconds.pop("gradient")
@@ -68,13 +67,22 @@ def run(names=tuple(networks.BUILDERS)):
 
 
 def _layerwise(op, samples, seed, groups="joint", control_variate=False):
-    sampler = LayerwiseDiagonal(op.layer_outputs, groups, control_variate)
-    moments = estimators.sampled_moments(sampler, samples, seed=seed)
-    return moments.diagonal.value.numpy()
+    return _diagonal(
+        op,
+        method="layerwise",
+        samples=samples,
+        seed=seed,
+        groups=groups,
+        control_variate=control_variate,
+    )
 
 
 def _hutchinson(op, samples, seed):
-    return estimators.hutchinson_diagonal(op, samples, seed=seed).value.numpy()
+    return _diagonal(op, method="hutchinson", num_matvecs=samples, seed=seed)
+
+
+def _diagonal(op, **arguments):
+    return measure.on_host(diagonal_moments(op, **arguments).diagonal.value)
 
 
 def _error(estimate, truth):

@@ -12,7 +12,7 @@ import numpy as np
 import peers
 
 import keras_curvature as kc
-from keras_curvature.operators import ExactDiagonal, GaussNewtonDiagonal
+from keras_curvature.layerwise import ExactDiagonal, GaussNewtonDiagonal
 
 
 def run():
@@ -21,16 +21,18 @@ def run():
     for activation in ("tanh", "relu"):
         network = networks.trained(f"MLP {activation}")
         op = kc.HessianOperator(network.model, network.x, network.y)
-        exact = ExactDiagonal(op.layer_outputs)
-        gauss_newton = GaussNewtonDiagonal(op.layer_outputs)
+        exact = ExactDiagonal(op.evaluation)
+        gauss_newton = GaussNewtonDiagonal(op.evaluation)
         plan = exact.plan()
         functions = {
-            "gradient": lambda op=op: op.value_and_gradient()[1].numpy(),
-            "exact": lambda exact=exact, plan=plan: exact.compute(plan).numpy(),
-            "exact with its plan": lambda exact=exact: exact.compute(
-                exact.plan()
-            ).numpy(),
-            "Gauss-Newton": lambda g=gauss_newton: g.compute().numpy(),
+            "gradient": lambda op=op: measure.on_host(op.value_and_gradient()[1]),
+            "exact": lambda exact=exact, plan=plan: measure.on_host(
+                exact.compute(plan)
+            ),
+            "exact with its plan": lambda exact=exact: measure.on_host(
+                exact.compute(exact.plan())
+            ),
+            "Gauss-Newton": lambda g=gauss_newton: measure.on_host(g.compute()[0]),
         }
         functions |= _backpack(network, activation)
         truth = functions["exact"]()
@@ -94,7 +96,7 @@ def _million():
     spent = time.perf_counter() - start
     op = kc.HessianOperator(network.model, network.x, network.y)
     gradient = measure.median_seconds(
-        {"gradient": lambda: op.value_and_gradient()[1].numpy()}
+        {"gradient": lambda: measure.on_host(op.value_and_gradient()[1])}
     )["gradient"]
     return {
         "network": f"MLP tanh, {op.shape[0]:,} parameters",

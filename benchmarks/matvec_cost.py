@@ -2,10 +2,10 @@
 
 import measure
 import networks
-import numpy as np
+from keras import ops
 
 from keras_curvature import HessianOperator
-from keras_curvature.operators import LayerwiseDiagonal
+from keras_curvature.analysis import diagonal_moments
 
 
 def run():
@@ -14,14 +14,13 @@ def run():
     for name in ("MLP tanh", "CNN relu", "transformer"):
         network = networks.trained(name, epochs=1)
         op = HessianOperator(network.model, network.x, network.y)
-        v = op.value_and_gradient()[1]
-        block = np.stack([v] * 4, axis=1)
-        one, four = _tensor(v), _tensor(block)
+        one = op.value_and_gradient()[1]
+        four = ops.stack([one] * 4, axis=1)
         seconds = measure.median_seconds(
             {
-                "gradient": lambda op=op: op.value_and_gradient()[1].numpy(),
-                "matvec": lambda op=op, one=one: (op @ one).numpy(),
-                "4 matvecs": lambda op=op, four=four: (op @ four).numpy(),
+                "gradient": lambda op=op: measure.on_host(op.value_and_gradient()[1]),
+                "matvec": lambda op=op, one=one: measure.on_host(op @ one),
+                "4 matvecs": lambda op=op, four=four: measure.on_host(op @ four),
                 "layerwise sample": lambda op=op: _samples(op, 1),
                 "4 layerwise samples": lambda op=op: _samples(op, 4),
             },
@@ -37,14 +36,9 @@ def run():
     return rows
 
 
-def _tensor(x):
-    from keras import ops
-
-    return ops.convert_to_tensor(x)
-
-
 def _samples(op, count):
-    return LayerwiseDiagonal(op.layer_outputs).diagonal_samples(0, 0, count).numpy()
+    moments = diagonal_moments(op, "layerwise", samples=count, control_variate=False)
+    return measure.on_host(moments.diagonal.value)
 
 
 if __name__ == "__main__":

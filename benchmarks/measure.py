@@ -7,12 +7,15 @@ import pathlib
 import platform
 import time
 
+import keras
 import numpy as np
+from keras import ops
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 _PACKAGES = (
     "tensorflow",
+    "jax",
     "keras",
     "numpy",
     "torch",
@@ -46,6 +49,11 @@ def median_seconds(functions, rounds=15, warm_up=2):
     return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
+def on_host(tensor):
+    """A tensor as a NumPy array: what waits until it is computed."""
+    return ops.convert_to_numpy(tensor)
+
+
 def environment():
     """What the figures depend on besides the code."""
     versions = {}
@@ -58,6 +66,7 @@ def environment():
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "backend": keras.backend.backend(),
         "packages": versions,
         "date": time.strftime("%Y-%m-%d"),
     }

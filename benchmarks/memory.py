@@ -47,7 +47,7 @@ def _work(task):
     from keras import layers
 
     import keras_curvature as kc
-    from keras_curvature.operators import LayerwiseDiagonal
+    from keras_curvature.analysis import diagonal_moments
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -70,9 +70,9 @@ def _work(task):
     elif task == "matvec":
         _ = op @ np.ones(op.shape[0], "float32")
     elif task == "layerwise sample":
-        LayerwiseDiagonal(op.layer_outputs).diagonal_samples(0, 0, 1)
+        diagonal_moments(op, "layerwise", samples=1, control_variate=False)
     elif task == "4 samples, controlled":
-        LayerwiseDiagonal(op.layer_outputs, "joint", True).diagonal_samples(0, 0, 4)
+        diagonal_moments(op, "layerwise", samples=4, control_variate=True)
     elif task == "gauss_newton":
         kc.hessian_diagonal(op, method="gauss_newton", verbose=False)
     # On Linux in KiB.

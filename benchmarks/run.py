@@ -10,6 +10,7 @@ BENCHMARKS = (
     "diagonal_error",
     "exact_cost",
     "subspace_tracking",
+    "lanczos",
     "spectrum_peers",
     "memory",
     "overhead",
