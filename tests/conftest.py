@@ -1,6 +1,7 @@
 """Fixtures for all tests: the float type, and several devices on any machine."""
 
 import os
+import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -44,6 +45,12 @@ elif keras.backend.backend() == "jax":
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     )
     jax.config.update("jax_enable_x64", True)
+    # XLA takes most of the time, and many tests compile the same small network.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    cache = pathlib.Path(__file__).parent.parent / "build" / "jax-cache" / worker
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
