@@ -108,6 +108,18 @@ class TrainingLoss:
         self.layout = layout_of(self.variables)
         self._others: tuple[Any, ...] = ()
         self.findings, self._others, updated = _look(self, batch)
+        if (
+            self.is_compiled
+            and keras_internals.compiled_loss_of(model) is None
+            and len(self.findings.unconnected) == len(self.variables)
+        ):
+            # On JAX, Keras then takes the loss for zero.
+            raise ValueError(
+                f"The model {model.name!r} has no loss: it was compiled without one, "
+                "and its layers add none. Compile it with `loss=`, or pass `loss_fn=`, "
+                "a function `loss_fn(model, x, y)`, as for a model with a "
+                "`train_step` of its own."
+            )
         self.takes_batch_statistics = any(
             isinstance(layer, keras.layers.BatchNormalization)
             and id(layer.moving_mean) in updated

@@ -43,10 +43,10 @@ def find_structure(evaluation: Evaluation) -> Structure:
         return structure
 
     def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
+        errors = jacobian_errors(structure, state, batch, key)
         if tree.flatten(batch)[0].shape[0] == 1:
             # A sample beside itself, to tell whether it would feel another one.
             batch = tree.map_structure(_twice, batch)
-        errors = jacobian_errors(structure, state, batch, key)
         return leak(structure, state, batch, key), errors
 
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))

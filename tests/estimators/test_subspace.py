@@ -324,7 +324,7 @@ def test_any_number_of_products(num_matvecs):
 def test_a_given_number_of_directions(k):
     dense = matrices.named("network")
     subspace = estimators.DominantSubspace(k)
-    for _ in range(3):
+    for _ in range(6):
         figures = subspace.update(dense, 12)
     assert len(figures.eigenvalues) == min(k, 8)
     np.testing.assert_allclose(figures.eigenvalues[0], 40, rtol=1e-2)
