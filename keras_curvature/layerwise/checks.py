@@ -11,7 +11,11 @@ from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.opened import Met, Place, run_opened
-from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.recording import (
+    LayerRecording,
+    OpenedLoss,
+    random_like,
+)
 from keras_curvature.layerwise.structure import Structure, survey
 from keras_curvature.loss import State
 
@@ -84,9 +88,10 @@ def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tenso
     signs = recording.random(backend.signs, places, key)
     rows = ops.shape(signs[places[0]])[0]
     multiply = recording.product(places, places)
-    leaks = []
-    for number in range(2):
-        half = half_of(rows, key, number)
+    wide, order = backend.wide_float(), shuffled(rows, key)
+
+    def felt(number: Any) -> Tensor:
+        half = half_of(order, number)
         masks = {
             name: ops.cast(
                 ops.reshape(half, (-1,) + (1,) * (len(s.shape) - 1)), s.dtype
@@ -96,7 +101,6 @@ def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tenso
         # Half of it common to all samples: what couples them through a mean grows
         # weaker with their number along independent directions only.
         u = multiply({k: masks[k] * (s + s[:1]) for k, s in signs.items()})
-        wide = backend.wide_float()
         sums = [
             [
                 ops.cast(ops.sum(part), wide)
@@ -104,25 +108,30 @@ def leak(structure: Structure, state: State, batch: Batch, key: Tensor) -> Tenso
             ]
             for k in places
         ]
-        total = sum(whole for whole, _ in sums)
+        total, leaks = sum(whole for whole, _ in sums), []
         for whole, leaked in sums:
             # Each layer by itself, but for those of no account.
             scale = ops.maximum(whole, 1e-12 * total)
             # Keras takes maxima in float32 on PyTorch.
             leaks.append(leaked / ops.maximum(scale, 1e-30))
-    return ops.sqrt(ops.max(ops.stack(leaks)))
+        return ops.max(ops.stack(leaks))
+
+    return ops.sqrt(ops.max(backend.loop_range(felt, 2)))
 
 
-def half_of(count: Any, key: Tensor, number: int) -> Tensor:
-    """Ones for half of so many entries and zeros for the others, as integers.
+def shuffled(count: Any, key: Tensor) -> Tensor:
+    """The numbers below a count in random order."""
+    return ops.argsort(backend.normal((count,), backend.fold_in(key, 1), "float32"))
+
+
+def half_of(order: Tensor, number: Any) -> Tensor:
+    """Ones for half of the entries and zeros for the others, as integers.
 
     Masks number 0 and 1 together tell any two of four samples apart, and almost all
     pairs of more: the order of the samples, which may have a meaning (pairs in
-    neighbouring places, or in the two halves of the batch), is shuffled.
+    neighbouring places, or in the two halves of the batch), is `shuffled`.
     """
-    order = backend.normal((count,), backend.fold_in(key, 1), "float32")
-    position = ops.argsort(ops.argsort(order))
-    return position // 2**number % 2
+    return order // (number + 1) % 2
 
 
 def jacobian_errors(
@@ -139,7 +148,13 @@ def jacobian_errors(
         The largest relative error for each layer of `structure.layers`, a vector.
     """
     uses = {use.place: use for use in structure.uses}
-    numbers = structure.numbers
+    shifts = OpenedLoss(structure).zeros(state, batch)
+    # Sums of signs may agree by luck, those of normal numbers do not.
+    random = random_like(
+        backend.normal,
+        {place: shifts[place][:_SAMPLES] for place in uses},
+        backend.fold_in(key, 2),
+    )
 
     def pairing(point: Direction) -> tuple[Tensor, dict[int, Tensor]]:
         held = [point.get(i, value) for i, value in enumerate(state.values)]
@@ -149,9 +164,7 @@ def jacobian_errors(
         def at_place(place: Place, met: Met) -> Tensor:
             use, z = uses.get(place), met.output[:_SAMPLES]
             if use is not None:
-                place_key = backend.fold_in(key, 1 + numbers[place])
-                # Sums of signs may agree by luck, those of normal numbers do not.
-                v = backend.normal(ops.shape(z), place_key, z.dtype)
+                v = random[place]
                 pairings.append(ops.cast(ops.sum(v * z), backend.wide_float()))
                 for path in use.paths(use.taps(met)):
                     i = next(

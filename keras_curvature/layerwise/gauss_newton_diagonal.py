@@ -10,7 +10,7 @@ from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
-from keras_curvature.layerwise.checks import LEAK, find_structure, half_of
+from keras_curvature.layerwise.checks import LEAK, find_structure, half_of, shuffled
 from keras_curvature.layerwise.outputs import OutputSpace, output_sizes
 from keras_curvature.layerwise.penalties import exact_penalty
 from keras_curvature.layerwise.recording import LayerRecording
@@ -113,13 +113,12 @@ class GaussNewtonDiagonal:
         (name,), multiply = space.names, space.product()
         shift = recording.point[name]
         positions = shift.shape[1:-1]
+        order = shuffled(math.prod(positions), key)
+        move = backend.normal(ops.shape(shift), backend.fold_in(key, 5), shift.dtype)
         leaks = []
         for number in range(2):
-            half = half_of(math.prod(positions), key, number)
+            half = half_of(order, number)
             mask = ops.cast(ops.reshape(half, (1, *positions, 1)), shift.dtype)
-            move = backend.normal(
-                ops.shape(shift), backend.fold_in(key, 5), shift.dtype
-            )
             product = multiply({name: mask * move})[name]
             leaked = ops.max(ops.abs(product * (1 - mask)))
             whole = ops.max(ops.abs(product))

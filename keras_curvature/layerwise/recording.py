@@ -1,8 +1,10 @@
 """Derivatives of the loss by shifts at its layers' outputs."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import keras
 from keras import ops
 
 from keras_curvature import backend
@@ -17,6 +19,8 @@ from keras_curvature.layerwise.structure import (
     signature,
 )
 from keras_curvature.loss import State
+
+K = TypeVar("K")
 
 
 class OpenedLoss:
@@ -118,6 +122,31 @@ class OpenedLoss:
         return {name: ops.zeros_like(met[name]) for name in shapes}
 
 
+def random_like(
+    draw: Callable[..., Tensor], tensors: Mapping[K, Tensor], key: Tensor
+) -> dict[K, Tensor]:
+    """Independent random numbers in the place of tensors.
+
+    They are drawn as one vector: compilers take long for each draw by itself.
+
+    Args:
+        draw: the backend's `signs` or `normal`.
+        tensors: what they are shaped like, by name.
+        key: a key.
+    """
+    shapes = {name: ops.shape(tensor) for name, tensor in tensors.items()}
+    # The widest: "float64" is behind "float32".
+    dtype = max(keras.backend.standardize_dtype(t.dtype) for t in tensors.values())
+    drawn = draw((sum(map(math.prod, shapes.values())),), key, dtype)
+    parts, start = {}, 0
+    for name, tensor in tensors.items():
+        end = start + math.prod(shapes[name])
+        part = ops.reshape(drawn[start:end], shapes[name])
+        parts[name] = ops.cast(part, tensor.dtype)
+        start = end
+    return parts
+
+
 class LayerRecording:
     """Loss and gradient over the joint space of shifts and of direct variables.
 
@@ -189,19 +218,8 @@ class LayerRecording:
     def random(
         self, draw: Callable[..., Tensor], names: Iterable[Name], key: Tensor
     ) -> dict[Name, Tensor]:
-        """A random direction, `draw` being the backend's `signs` or `normal`.
-
-        What is drawn for a name does not depend on which others are drawn.
-        """
-        numbers = self.structure.numbers
-        return {
-            name: draw(
-                ops.shape(self.point[name]),
-                backend.fold_in(key, numbers[name]),
-                self.point[name].dtype,
-            )
-            for name in names
-        }
+        """A random direction: see `random_like`."""
+        return random_like(draw, {name: self.point[name] for name in names}, key)
 
     def diagonal(
         self, v: Mapping[Name, Tensor], u: Mapping[Name, Tensor]

@@ -130,11 +130,13 @@ class LayerwiseDiagonal:
         if self._control_variate:
             parts, known = self._controlled(recording)
         products = [(r, group, r.product(group, group)) for r, group in parts]
+        names = [name for _, group in parts for name in group]
 
         def draw(key: Tensor) -> list[Tensor]:
             total = [known.get(i, 0.0) for i in range(len(state.values))]
+            signs = recording.random(backend.signs, names, key)
             for recorded, group, multiply in products:
-                v = recorded.random(backend.signs, group, key)
+                v = {name: signs[name] for name in group}
                 part = recorded.diagonal(v, multiply(v))
                 total = [t + p for t, p in zip(total, part, strict=True)]
             return total

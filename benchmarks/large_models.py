@@ -1,0 +1,166 @@
+"""What compilation, products and probes cost on networks of real size.
+
+Each network runs on each backend in a process of its own. The first step of `fit`, the
+first product and the first probe include their compilation; all other figures are
+medians of what follows.
+
+    python benchmarks/large_models.py                     # all
+    python benchmarks/large_models.py ResNet-50 jax       # one
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+BACKENDS = ("tensorflow", "jax")
+
+
+def images(build, size=64, samples=8):
+    """A classifier of random images, as `keras.applications` makes them."""
+
+    def made():
+        import numpy as np
+
+        model = build((size, size, 3))
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((samples, size, size, 3)).astype("float32")
+        return model, x, rng.integers(0, 10, samples)
+
+    return made
+
+
+def resnet(shape):
+    """ResNet-50, 23.6 million parameters."""
+    import keras
+
+    return keras.applications.ResNet50(
+        weights=None, input_shape=shape, classes=10, classifier_activation=None
+    )
+
+
+def mobilenet(shape):
+    """MobileNetV2, 2.2 million parameters."""
+    import keras
+
+    return keras.applications.MobileNetV2(
+        weights=None, input_shape=shape, classes=10, classifier_activation=None
+    )
+
+
+def vision_transformer(shape, width=192, blocks=6, patch=8):
+    """A ViT of tiny's width: patches, positions, pre-normalized blocks."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    inputs = keras.Input(shape)
+    h = layers.Conv2D(width, patch, strides=patch)(inputs)
+    h = layers.Reshape((-1, width))(h)
+    h = h + layers.Embedding(h.shape[1], width)(np.arange(h.shape[1])[None])
+    for _ in range(blocks):
+        a = layers.LayerNormalization()(h)
+        h = h + layers.MultiHeadAttention(3, width // 3)(a, a)
+        f = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(h))
+        h = h + layers.Dense(width)(f)
+    h = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(h))
+    return keras.Model(inputs, layers.Dense(10)(h))
+
+
+NETWORKS = {
+    "ResNet-50": images(resnet),
+    "MobileNetV2": images(mobilenet),
+    "ViT, 6 blocks": images(vision_transformer),
+}
+
+
+def run(networks=tuple(NETWORKS), backends=BACKENDS):
+    """Measures networks on backends; returns a list of rows."""
+    rows = []
+    for network in networks:
+        for backend in backends:
+            done = subprocess.run(
+                [sys.executable, __file__, "--work", network],
+                env={**os.environ, "KERAS_BACKEND": backend},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def work(network):
+    """Measures one network in this process; returns a row."""
+    import keras
+    import measure
+
+    import keras_curvature as kc
+
+    keras.utils.set_random_seed(0)
+    model, x, y = NETWORKS[network]()
+    model.compile(
+        keras.optimizers.SGD(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    row = {
+        "network": network,
+        "backend": keras.backend.backend(),
+        "parameters": model.count_params(),
+    }
+    fit = {"x": x, "y": y, "batch_size": len(x), "verbose": 0}
+    row["first step s"] = _seconds(lambda: model.fit(**fit))
+    op = kc.HessianOperator(model, x, y)
+    row["first gradient s"] = _seconds(
+        lambda: measure.on_host(op.value_and_gradient()[1])
+    )
+    direction = op.value_and_gradient()[1]
+    row["first product s"] = _seconds(lambda: measure.on_host(op @ direction))
+    seconds = measure.median_seconds(
+        {
+            "gradient": lambda: measure.on_host(op.value_and_gradient()[1]),
+            "product": lambda: measure.on_host(op @ direction),
+        },
+        rounds=7,
+        warm_up=1,
+    )
+    row["gradient s"] = seconds["gradient"]
+    row["product / gradient"] = seconds["product"] / seconds["gradient"]
+    before = _peak()
+    monitor = kc.CurvatureMonitor((x, y), update_freq=1, on_error="raise")
+    model.fit(**fit, callbacks=[monitor])
+    model.fit(**fit, callbacks=[monitor], epochs=3)
+    probes = [record["seconds"] for record in monitor.history]
+    steady = sorted(probes[2:])[len(probes[2:]) // 2]
+    products = monitor.history[-1]["num_matvecs"]
+    row["first probe s"] = probes[0]
+    row["probe / its products"] = steady / (products * seconds["product"])
+    row["peak GiB before"] = before
+    row["peak GiB"] = _peak()
+    return row
+
+
+def _seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _peak():
+    # On Linux in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        print(json.dumps(work(sys.argv[2])))
+    else:
+        import measure
+
+        chosen = [a for a in sys.argv[1:] if a in NETWORKS] or tuple(NETWORKS)
+        results = run(chosen, [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS)
+        measure.save("large_models", results)
+        measure.print_table("Networks of real size", results)
