@@ -1,10 +1,15 @@
 """What users pass as data, as batches of tensors where the model lives.
 
-Arrays are placed once and kept; a data set is read anew for every pass, so that nothing
-larger than a batch is ever in memory.
+Curvature takes many passes over the same data, and a data set may give other batches at
+each of them: it shuffles, or augments at random. So its batches are read once and kept
+like arrays. Only one that is too large for that is read anew for each pass, and every
+batch is then compared with what it was the first time.
 """
 
 import operator
+import warnings
+import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -17,12 +22,21 @@ from keras_curvature.data_sets import Batch, endless_batches
 
 __all__ = ["Batch", "ProbeData", "endless_batches"]
 
+#: The batches of a data set are kept up to this size, where the model lives: what an
+#: accelerator can spare, and more than curvature needs of most data.
+KEPT_BYTES = 2**30
+
+#: As what a batch counts at least: neither small tensors nor reading them are free.
+_LEAST_BYTES = 2**14
+
 
 class ProbeData:
-    """Batches `(x, y, sample_weight)` that can be iterated over any number of times.
+    """Batches `(x, y, sample_weight)`, the same in every pass over them.
 
     NumPy arrays are copied. A PyTorch tensor is not: changing it in place changes the
-    data.
+    data. A data set is read when this is made, and its batches are kept up to
+    `KEPT_BYTES`. A larger one is read anew for each pass, and has to give the same
+    batches each time.
 
     Args:
         x: model inputs: an array, a tensor of any framework, or a nested structure of
@@ -41,7 +55,8 @@ class ProbeData:
 
     Raises:
         ValueError: if arrays differ in their number of samples, there are no
-            samples, the data set never ends, or it is a one-pass generator.
+            samples, or the data set never ends, gives no batch, or is a one-pass
+            generator; in a later pass, if a data set too large to keep has moved.
     """
 
     def __init__(
@@ -55,11 +70,11 @@ class ProbeData:
     ):
         self.place = place
         self._class_weight = class_weight
-        # A list of placed batches with their sizes, or the data set that is read.
-        self._source: Any
+        # Placed batches with their sizes, or the data set that they are read from.
+        self._source: list[tuple[Batch, int]] | _Large
         if data_sets.is_data_set(x):
             data_sets.check(x, y=y, sample_weight=sample_weight, batch_size=batch_size)
-            self._source = x
+            self._source = self._kept(x)
         elif hasattr(x, "__next__") or callable(x):
             raise ValueError(
                 "A generator can be read only once, and curvature needs several "
@@ -73,6 +88,29 @@ class ProbeData:
                 self._placed(data, start, min(start + step, size))
                 for start in range(0, size, step)
             ]
+
+    def _kept(self, source: Any) -> "list[tuple[Batch, int]] | _Large":
+        """The batches of a data set, or the data set itself if they are too many."""
+        kept: list[tuple[Batch, int]] = []
+        large, room = _Large(source), KEPT_BYTES
+        for batch in large:
+            room -= max(_num_bytes(batch), _LEAST_BYTES)
+            if room < 0:
+                break
+            kept.append(self._ready(batch))
+        _tell_if_moved(source, large.digests)
+        if room >= 0 and not kept:
+            raise ValueError(
+                "The probe data set gives no batch: it is empty, or can be read only "
+                f"once. Received: x={source!r}."
+            )
+        if room < 0 and data_sets.num_batches(source) is None:
+            raise ValueError(
+                "The data set does not tell its length, and did not end within "
+                f"{len(large.digests):,} batches ({_gib(KEPT_BYTES)}): maybe it never "
+                f"does. Received: x={source!r}. {data_sets.how_to_end(source)}"
+            )
+        return large if room < 0 else kept
 
     @classmethod
     def none(cls) -> Self:
@@ -90,16 +128,23 @@ class ProbeData:
         """Number of batches in one pass; `None` if the source does not tell."""
         if isinstance(self._source, list):
             return len(self._source)
-        return data_sets.num_batches(self._source)
+        return data_sets.num_batches(self._source.source)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yields `((x, y, sample_weight), number of samples)`."""
         if isinstance(self._source, list):
             yield from self._source
-            return
-        for batch in data_sets.read(self._source):
-            batch, size = self._weighted(_map_arrays(_as_array, batch))
-            yield self._placed(batch, 0, size)
+        else:
+            yield from map(self._ready, self._source)
+
+    def moved_to(self, place: Any) -> Self:
+        """The same batches in another place, from `backend.place_of`."""
+        moved = self.__class__.__new__(self.__class__)
+        moved.place, moved._class_weight = place, self._class_weight
+        moved._source = self._source
+        if isinstance(self._source, list):
+            moved._source = [moved._placed(b, 0, size) for b, size in self._source]
+        return moved
 
     def mean(
         self,
@@ -122,7 +167,7 @@ class ProbeData:
             how they were computed.
 
         Raises:
-            ValueError: if the data set gives no batch.
+            ValueError: if a data set that is too large to keep has moved.
         """
         num_batches, total, samples, done = self.num_batches, None, 0, 0
         # The place is set for the work alone: reading stays where the data set is.
@@ -141,56 +186,64 @@ class ProbeData:
             samples += size
             if on_batch is not None:
                 on_batch(done, num_batches)
-        if done == 0:
-            raise self._empty()
         if done > 1:
             with backend.on(self.place):
                 total = _map_arrays(lambda t: t / samples, total)
         return total
 
     def first(self) -> Batch:
-        """The first batch, `(x, y, sample_weight)`.
+        """The first batch, `(x, y, sample_weight)`."""
+        return next(iter(self))[0]
 
-        Raises:
-            ValueError: if the data set gives no batch.
+    def in_pairs(self, start: int) -> Iterator[tuple[Batch, int]]:
+        """The same samples in other batches: two neighbouring parts in each.
+
+        The parts are the halves of batches, and batches of one sample. From the first
+        part on pairs are the batches themselves, from the second part on they are
+        across batches; where all batches have one sample, both join batches. Parts
+        whose samples have different shapes stay apart.
+
+        Args:
+            start: number of the first part that is the first of a pair, 0 or 1.
+
+        Yields:
+            `((x, y, sample_weight), number of samples)`, as in an iteration.
         """
-        for batch, _ in self:
-            return batch
-        raise self._empty()
-
-    def halved(self) -> Self:
-        """The same samples in batches of half the size (twice, from a size of one).
-
-        Only for arrays, whose batches are of equal size but for the last.
-
-        Raises:
-            TypeError: if the batches are a data set's.
-        """
-        if not isinstance(self._source, list):
-            raise TypeError(
-                "Only arrays can be halved: a data set makes its own batches. "
-                f"Received: x={self._source!r}."
-            )
-        batches = []
-        with backend.on(self.place):
-            if self._source[0][1] == 1:
-                for i in range(0, len(self._source), 2):
-                    pair = [batch for batch, _ in self._source[i : i + 2]]
-                    joined = _map_arrays(lambda *a: ops.concatenate(a), *pair)
-                    batches.append(self._placed(joined, 0, len(pair)))
+        first: tuple[Batch, int] | None = None
+        for number, part in enumerate(self._parts(), start=start):
+            if number % 2 == 0:
+                first = part
+            elif first is None:
+                yield part
+            elif _joinable(first[0], part[0]):
+                yield self._joined(first, part)
+                first = None
             else:
-                for batch, size in self._source:
-                    half = (size + 1) // 2
-                    for start in range(0, size, half):
-                        end = min(start + half, size)
-                        batches.append(self._placed(batch, start, end))
-        return self._of(batches, self.place)
+                yield first
+                yield part
+                first = None
+        if first is not None:
+            yield first
 
-    def _empty(self) -> ValueError:
-        return ValueError(
-            "The probe data set gives no batch: it is empty, or can be read only "
-            f"once. Received: x={self._source!r}."
-        )
+    def _parts(self) -> Iterator[tuple[Batch, int]]:
+        for batch, size in self:
+            middle = size // 2
+            for start, end in ((0, middle), (middle, size)):
+                if start < end:
+                    with backend.on(self.place):
+                        part = self._placed(batch, start, end)
+                    yield part
+
+    def _joined(self, *parts: Any) -> tuple[Batch, int]:
+        """Batches as one."""
+        with backend.on(self.place):
+            whole = _map_arrays(lambda *a: ops.concatenate(a), *[b for b, _ in parts])
+            return self._placed(whole, 0, sum(size for _, size in parts))
+
+    def _ready(self, batch: Batch) -> tuple[Batch, int]:
+        """A batch of a data set with the class weights worked in, placed."""
+        batch, size = self._weighted(batch)
+        return self._placed(batch, 0, size)
 
     def _weighted(self, batch: Batch) -> tuple[Batch, int]:
         """A batch of arrays with the class weights worked in, and its size."""
@@ -217,6 +270,102 @@ class ProbeData:
         return _map_arrays(placed, batch), end - start
 
 
+class _Large:
+    """A data set that is read anew for each pass, and must give the same each time.
+
+    Args:
+        source: the data set.
+
+    Attributes:
+        source: as given.
+        digests: of the batches as they were read first.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+        self.digests: list[int] = []
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches of arrays or tensors.
+
+        Raises:
+            ValueError: if one is not what it was.
+        """
+        number = 0
+        for number, batch in enumerate(data_sets.read(self.source), start=1):
+            batch = _map_arrays(_as_array, batch)
+            found = _digest(batch)
+            if number > len(self.digests):
+                if self._ended:
+                    raise self._moved(f"more than {len(self.digests):,} batches")
+                self.digests.append(found)
+            elif found != self.digests[number - 1]:
+                raise self._moved(f"another batch number {number:,}")
+            yield batch
+        if number < len(self.digests):
+            raise self._moved(f"{number:,} batches and not {len(self.digests):,}")
+        self._ended = True
+
+    def _moved(self, what: str) -> ValueError:
+        return ValueError(
+            f"The data set gave {what} when it was read again: figures would mix "
+            "different data. It shuffles, augments at random, or can be read only "
+            f"once. Received: x={self.source!r}. {data_sets.how_to_rest(self.source)} "
+            f"Or take less of it: up to {_gib(KEPT_BYTES)} is read only once."
+        )
+
+
+#: What data sets gave when they were read last, by their ids as long as they live.
+_digests_of: dict[int, list[int]] = {}
+
+
+def _tell_if_moved(source: Any, digests: list[int]) -> None:
+    """Warns of a data set that gave other batches when it was read before."""
+    if id(source) not in _digests_of:
+        weakref.finalize(source, _digests_of.pop, id(source), None).atexit = False
+    elif _digests_of[id(source)] != digests:
+        warnings.warn(
+            "The data set gives other batches than when it was read for curvature "
+            "before: figures of then and of now are of different data. "
+            f"Received: x={source!r}. {data_sets.how_to_rest(source)} Or read it once: "
+            "make one `HessianOperator`, and hand it to each function.",
+            stacklevel=6,
+        )
+    _digests_of[id(source)] = digests
+
+
+def _digest(batch: Batch) -> int:
+    """A number that tells a batch from others, by a checksum of its bytes."""
+    found = 0
+    for a in _leaves(batch):
+        array = _on_host(a)
+        # Text, or nothing at all, has no bytes of its own.
+        text = [array.tolist()] if array.dtype.hasobject else []
+        found = zlib.crc32(repr((array.dtype, array.shape, *text)).encode(), found)
+        if not text:
+            whole: Any = np.ascontiguousarray(array).reshape(-1).view("uint8")
+            found = zlib.crc32(whole, found)
+    return found
+
+
+def _num_bytes(batch: Batch) -> int:
+    return sum(_on_host(a).nbytes for a in _leaves(batch))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _joinable(a: Batch, b: Batch) -> bool:
+    """Whether the samples of two batches are shaped alike."""
+    like_a, like_b = (
+        [None if x is None else (x.dtype, tuple(x.shape[1:])) for x in _leaves(batch)]
+        for batch in (a, b)
+    )
+    return like_a == like_b
+
+
 def _check_batch_size(batch_size: Any) -> Any:
     if batch_size is not None and (
         not isinstance(batch_size, (int, np.integer)) or batch_size < 1
@@ -226,6 +375,17 @@ def _check_batch_size(batch_size: Any) -> Any:
             f"positive integer. Received: batch_size={batch_size!r}."
         )
     return batch_size
+
+
+def _leaves(structure: Any) -> list[Any]:
+    """The arrays of a nested structure, and `None` in place of those it lacks.
+
+    Unlike `keras.tree.flatten` on PyTorch, this leaves no cycle of references, which
+    would keep batch after batch in memory.
+    """
+    leaves: list[Any] = []
+    tree.map_structure(leaves.append, structure)
+    return leaves
 
 
 def _map_arrays(function: Callable[..., Any], *structures: Any) -> Any:
@@ -279,15 +439,16 @@ def _is_float(array: np.ndarray[Any, Any]) -> bool:
 
 
 def _on_host(a: Any) -> np.ndarray[Any, Any]:
+    if backend.is_tensor(a):
+        array: np.ndarray[Any, Any] = ops.convert_to_numpy(a)
+        return array
     # PyTorch hands over neither what is on an accelerator nor what has a gradient.
     return np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
 
 
 def _num_samples(batch: Batch) -> int:
     sizes: set[Any] = {
-        a.shape[0] if len(a.shape) else None
-        for a in tree.flatten(batch)
-        if a is not None
+        a.shape[0] if len(a.shape) else None for a in _leaves(batch) if a is not None
     }
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import keras
 import numpy as np
-from keras import tree
 
 #: `(x, y, sample_weight)`: nested structures of arrays, or `None` for what is missing.
 Batch: TypeAlias = tuple[Any, Any, Any]
@@ -43,7 +42,7 @@ def num_batches(source: Any) -> int | None:
 
 
 def check(source: Any, **others: Any) -> None:
-    """Refuses a data set that may have no end, and arguments beside a data set.
+    """Refuses a data set that has no end, and arguments beside a data set.
 
     Args:
         source: the data set.
@@ -59,21 +58,39 @@ def check(source: Any, **others: Any) -> None:
                 f"`{name}` out. Received: {name} of type {type(value).__name__} "
                 f"with x of type {type(source).__name__}."
             )
-    why, remedy = "never ends", "Limit it, for instance with `x.take(10)`."
+    # A data set that does not tell its length counts as finite: `filter` makes such.
     if _is_tf_data(source):
-        # -1 stands for endless; -2, unknown, is what `filter` leaves behind.
         endless = int(source.cardinality()) == -1
     else:
-        endless = num_batches(source) is None
-        remedy = "Let its `num_batches` be a number."
-        if _is_loader(source):
-            why = "does not tell its length and maybe never ends"
-            remedy = "Give the data set of the `DataLoader` a `__len__`."
+        endless = isinstance(source, keras.utils.PyDataset) and (
+            source.num_batches is None
+        )
     if endless:
         raise ValueError(
-            f"The data set {why}, so a pass over it would not either. "
-            f"Received: x={source!r}. {remedy}"
+            "The data set never ends, so a pass over it would not either. "
+            f"Received: x={source!r}. {how_to_end(source)}"
         )
+
+
+def how_to_end(source: Any) -> str:
+    """For messages: what gives a data set an end, or makes it tell its length."""
+    if isinstance(source, keras.utils.PyDataset):
+        return "Let its `num_batches` be a number."
+    if _is_loader(source):
+        return "Give the data set of the `DataLoader` a `__len__`."
+    return (
+        "Limit it, for instance with `x.take(10)`, or say how long it is with "
+        "`x.apply(tf.data.experimental.assert_cardinality(num_batches))`."
+    )
+
+
+def how_to_rest(source: Any) -> str:
+    """For messages: what makes a data set give the same batches in each pass."""
+    if isinstance(source, keras.utils.PyDataset):
+        return "Let its `__getitem__(i)` return the same batch each time."
+    if _is_loader(source):
+        return "Use `shuffle=False`, and no random augmentation."
+    return "Keep its batches: `x.cache()`, after shuffling and augmentation."
 
 
 def endless_batches(x: Any, *rest: Any) -> Iterator[Batch]:
@@ -138,7 +155,20 @@ def read(source: Any, states: "_RandomStates | None" = None) -> Iterator[Batch]:
                 batch = next(batches)
             except StopIteration:
                 return
-        yield keras.utils.unpack_x_y_sample_weight(tree.lists_to_tuples(batch))
+        yield keras.utils.unpack_x_y_sample_weight(_with_tuples(batch))
+
+
+def _with_tuples(structure: Any) -> Any:
+    """Tuples in place of lists, as `fit` hands them to the model.
+
+    Unlike `keras.tree.lists_to_tuples` on PyTorch, this leaves no cycle of references,
+    which would keep batch after batch in memory.
+    """
+    if isinstance(structure, dict):
+        return {name: _with_tuples(part) for name, part in structure.items()}
+    if isinstance(structure, list) or type(structure) is tuple:
+        return tuple(map(_with_tuples, structure))
+    return structure
 
 
 def _batches(source: Any) -> Iterator[Any]:

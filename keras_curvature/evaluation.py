@@ -1,7 +1,10 @@
 """A loss on data: what is compiled of it, and how it is averaged over batches."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Direction, Tensor
@@ -25,6 +28,7 @@ class Evaluation:
         jit_compile: as given.
         on_batch: `None`, or a function `on_batch(done, num_batches)` that is called
             after each batch.
+        mean_loss: the `Mean` of the loss itself.
     """
 
     def __init__(self, loss: Loss, data: ProbeData, jit_compile: bool = False):
@@ -33,10 +37,9 @@ class Evaluation:
         self.on_batch: Callable[[int, int | None], None] | None = None
         self.jit_compile = jit_compile
         self._made: dict[Any, Any] = {}
+        self.mean_loss = self.mean_of(loss)
 
-    def mean_of(
-        self, function: Callable[..., Any], numbered: bool = False
-    ) -> Callable[..., Any]:
+    def mean_of(self, function: Callable[..., Any], numbered: bool = False) -> "Mean":
         """Compiles a function of state and batch, and averages it over the data.
 
         Args:
@@ -45,24 +48,49 @@ class Evaluation:
             numbered: whether the number of the batch follows as last argument.
 
         Returns:
-            A function of `*args`. It returns what `function` returns for the present
-            state, averaged over the batches by their sizes. Its method `traces()`
-            tells how often it was compiled.
+            A `Mean`: a function of `*args`.
         """
-        compiled = backend.compiled(function, self.jit_compile)
+        return Mean(self, function, numbered)
 
-        def mean(*args: Any) -> Any:
-            state = self.loss.state()
-            with backend.twice_differentiable():
-                return self.data.mean(
-                    lambda batch, *rest: compiled(state, batch, *rest),
-                    *args,
-                    numbered=numbered,
-                    on_batch=self.on_batch,
-                )
+    def differs_by_grouping(self) -> tuple[float, float] | None:
+        """Whether the mean over batches depends on which samples share a batch.
 
-        mean.traces = compiled.traces  # type: ignore[attr-defined]
-        return mean
+        It does not for a loss that is a mean over samples. Two groupings are compared:
+        halves of a batch together, and halves of neighbouring batches (see
+        `ProbeData.in_pairs`). Together they link all samples, so that a loss that is
+        normalised by something that varies within batches or between them shows. The
+        weights are moved by random numbers: at the present ones all samples may have
+        the same loss, as they often have before training.
+
+        Returns:
+            `None` for one batch and where it makes no difference; else the mean over
+            either groups, weighted by their sizes, at the moved weights.
+        """
+        if self.data.num_batches == 1:
+            return None
+        state = self.loss.state()
+        for at in (_moved(state, self.data.place), state):
+            means, losses = zip(
+                *(self._losses(at, start) for start in (0, 1)), strict=True
+            )
+            if all(map(math.isfinite, means)):
+                break
+        every = [*losses[0], *losses[1]]
+        # More than rounding in float32, and a thousandth of what the groups differ by.
+        rounding, spread = 1e-5 * max(map(abs, every)), max(every) - min(every)
+        differ = abs(means[0] - means[1]) > max(rounding, 1e-3 * spread)
+        return means if differ else None
+
+    def _losses(self, state: State, start: int) -> tuple[float, list[float]]:
+        """The mean over pairs of parts, weighted by size, and the losses of each."""
+        losses, sizes = [], []
+        for batch, size in self.data.in_pairs(start):
+            with backend.on(self.data.place), backend.twice_differentiable():
+                loss = self.mean_loss.compiled(state, batch)
+            losses.append(float(ops.convert_to_numpy(loss)))
+            sizes.append(size)
+        products = [loss * size for loss, size in zip(losses, sizes, strict=True)]
+        return sum(products) / sum(sizes), losses
 
     def at_first(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(state, batch, *args)` of the first batch, compiled and run once."""
@@ -88,6 +116,56 @@ class Evaluation:
             self._made[make] = make(self)
         made: T = self._made[make]
         return made
+
+
+class Mean:
+    """A function of state and batch, averaged over the data at the present state.
+
+    Args:
+        evaluation: the `Evaluation` that has the state and the data.
+        function: `function(state, batch, *args)`.
+        numbered: whether the number of the batch follows as last argument.
+
+    Attributes:
+        compiled: the function, compiled.
+    """
+
+    def __init__(
+        self, evaluation: Evaluation, function: Callable[..., Any], numbered: bool
+    ):
+        self._evaluation = evaluation
+        self._numbered = numbered
+        self.compiled = backend.compiled(function, evaluation.jit_compile)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns, averaged over the batches by their sizes."""
+        evaluation = self._evaluation
+        state = evaluation.loss.state()
+        with backend.twice_differentiable():
+            return evaluation.data.mean(
+                lambda batch, *rest: self.compiled(state, batch, *rest),
+                *args,
+                numbered=self._numbered,
+                on_batch=evaluation.on_batch,
+            )
+
+    def traces(self) -> int:
+        """How often the function was compiled."""
+        traces: int = self.compiled.traces()  # type: ignore[attr-defined]
+        return traces
+
+
+def _moved(state: State, place: Any) -> State:
+    """The variables somewhere else, at a distance that they would learn to go."""
+    values = []
+    with backend.on(place):
+        for number, value in enumerate(state.values):
+            key = backend.array([number, 0], "int32")
+            noise = backend.normal(tuple(value.shape), key, value.dtype)
+            size = ops.sqrt(ops.mean(ops.square(value)))
+            # What is zero, as biases are, gets a size too.
+            values.append(value + noise * ops.where(size > 0, size / 2, 0.1))
+    return State(values, state.others)
 
 
 def of_values(

@@ -138,17 +138,48 @@ def test_bad_batch_size(size):
 
 
 @pytest.mark.parametrize(
-    "size, sizes", [(1, [2, 2, 1]), (2, [1, 1, 1, 1, 1]), (4, [2, 2, 1]), (5, [3, 2])]
+    "size, start, sizes",
+    [
+        (1, 0, [2, 2, 1]),
+        (1, 1, [1, 2, 2]),
+        (2, 0, [2, 2, 1]),
+        (2, 1, [1, 2, 2]),
+        (3, 0, [3, 2]),
+        (3, 1, [1, 3, 1]),
+        (4, 0, [4, 1]),
+        (4, 1, [2, 3]),
+        (5, 0, [5]),
+        (5, 1, [2, 3]),
+    ],
 )
-def test_halved(size, sizes):
+def test_in_pairs(size, start, sizes):
     data = ProbeData(X, Y, Y, class_weight={4: 2.0}, batch_size=size)
-    halved = data.halved()
-    assert [n for _, n in halved] == sizes and halved.num_batches == len(sizes)
-    columns = zip(*[batch for batch, _ in batches(halved)], strict=True)
+    found = list(data.in_pairs(start))
+    assert [n for _, n in found] == sizes
+    columns = zip(*[batch for batch, _ in batches(found)], strict=True)
     x, y, weight = (np.concatenate(column) for column in columns)
     np.testing.assert_array_equal(x, X)
     np.testing.assert_array_equal(y, Y)
     np.testing.assert_array_equal(weight, [0, 1, 2, 3, 8])  # Not weighted again.
+
+
+def test_in_pairs_as_far_as_shapes_allow():
+    data = ProbeData(Sequences())
+    shapes = [
+        [tuple(x.shape) for (x, _, _), _ in data.in_pairs(start)] for start in (0, 1)
+    ]
+    assert shapes[0] == [(2, 3), (2, 3), (2, 7), (1, 9)]
+    assert shapes[1] == [(1, 3), (2, 3), (1, 3), (1, 7), (1, 7), (1, 9)]
+
+
+class Sequences(keras.utils.PyDataset):
+    """Batches of sequences, padded each to its own length."""
+
+    SHAPES = (2, 3), (2, 3), (2, 7), (1, 9)
+    num_batches = len(SHAPES)
+
+    def __getitem__(self, i):
+        return np.ones(self.SHAPES[i]), np.ones(self.SHAPES[i][0])
 
 
 class Frame:
@@ -239,7 +270,7 @@ def test_mean_is_weighted_by_size():
         np.testing.assert_allclose(result["b"][0], X.mean(axis=0), rtol=1e-6)
         assert backend.is_tensor(result["a"])
     assert calls[:4] == [(1, 1), (1, 3), (2, 3), (3, 3)]
-    assert calls[-1] == (3, None)
+    assert calls[-1] == (3, 3)
 
 
 def test_mean_keeps_its_type():
@@ -365,11 +396,12 @@ def test_batches_are_placed():
     data = ProbeData(X, Y, place=place, batch_size=2)
     everything = [
         data,
-        data.halved(),
+        ProbeData(X, Y, batch_size=2).moved_to(place),
         ProbeData(backend.array(X), place=place),
         ProbeData(tf_dataset(X, Y), place=place),
         ProbeData(data_loader(X, Y), place=place),
     ]
+    assert all(where(x) == home for (x, _, _), _ in data.in_pairs(1))
     for data in everything:
         for (x, y, _), _ in data:
             assert where(x) == home and (y is None or where(y) == home)
@@ -389,10 +421,10 @@ def test_data_spread_over_devices():
         everything = [
             ProbeData(numbers, np.arange(22), place=place),
             ProbeData(numbers, np.arange(22), place=place, batch_size=8),
-            ProbeData(numbers, np.arange(22), place=place, batch_size=8).halved(),
             ProbeData(backend.array(numbers), np.arange(22), place=place),
             ProbeData(Batches(numbers, np.arange(22), length=8), place=place),
         ]
+        everything.insert(2, ProbeData._of(list(everything[1].in_pairs(1)), place))
         (weights,) = backend.values([variable])
         return [data.mean(loss, weights) for data in everything], everything[1]
 

@@ -1,7 +1,10 @@
 """Data sets of every framework, on whichever one Keras runs."""
 
+import itertools
 import random
 import sys
+import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -10,9 +13,13 @@ from data_sources import SOURCES, Batches, X, Y, batches, data_loader, stream, t
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature import data as module
 from keras_curvature.data import ProbeData, endless_batches
 
 BACKEND = keras.backend.backend()
+
+#: What a small batch counts as.
+LEAST = 2**14
 
 
 @SOURCES
@@ -68,18 +75,12 @@ def test_endless_data_sets_are_refused():
         ProbeData(tf_data(X, Y).batch(2).repeat())
     with pytest.raises(ValueError, match="never ends.*`num_batches` be a number"):
         ProbeData(Batches(X, Y, length=None))
-    torch = pytest.importorskip("torch")
-    loader = torch.utils.data.DataLoader(stream(torch), batch_size=2)
-    with pytest.raises(ValueError, match="does not tell its length.*`__len__`"):
-        ProbeData(loader)
-    type(loader.dataset).__len__ = lambda self: 3
-    assert [n for _, n in ProbeData(loader)] == [2, 1]
 
 
 def test_data_sets_must_be_batched():
     for source in (tf_data(X, Y), data_loader(X, Y, batch_size=None)):
         with pytest.raises(ValueError, match="must be batched"):
-            ProbeData(source).first()
+            ProbeData(source)
 
 
 def test_empty_data_sets():
@@ -91,15 +92,15 @@ def test_empty_data_sets():
         data_loader(X[:0], Y[:0]),
     ):
         with pytest.raises(ValueError, match="gives no batch"):
-            ProbeData(empty).first()
-        with pytest.raises(ValueError, match="gives no batch"):
-            ProbeData(empty).mean(lambda batch: batch[0])
+            ProbeData(empty)
 
 
 @SOURCES
-def test_data_sets_cannot_be_halved(source):
-    with pytest.raises(TypeError, match="Only arrays can be halved"):
-        ProbeData(source(X, Y)).halved()
+def test_data_sets_are_taken_in_pairs_like_arrays(source):
+    found = list(ProbeData(source(X, Y)).in_pairs(1))
+    assert [n for _, n in found] == [1, 3, 1]
+    x = np.concatenate([x for (x, _, _), _ in batches(found)])
+    np.testing.assert_array_equal(x, X)
 
 
 @SOURCES
@@ -144,7 +145,7 @@ def test_data_sets_that_give_more_than_they_tell():
     dataset = stream(torch)
     type(dataset).__len__ = lambda self: 2
     data = ProbeData(torch.utils.data.DataLoader(dataset, batch_size=2))
-    assert data.num_batches == 1
+    assert data.num_batches == 2
     mean = data.mean(lambda batch: ops.mean(ops.cast(batch[0], "float32")))
     np.testing.assert_allclose(mean, 2.0, rtol=1e-6)
 
@@ -157,6 +158,216 @@ def test_neither_tensorflow_nor_torch_is_imported(monkeypatch):
         np.testing.assert_allclose(
             data.mean(lambda b: ops.mean(b[0])), X.mean(), rtol=1e-6
         )
+
+
+# Data that moves
+
+
+class Moving(keras.utils.PyDataset):
+    """Batches that nobody gave before: they are numbered through all passes."""
+
+    num_batches = 2
+
+    def __init__(self, height=1):
+        super().__init__()
+        self.height = height
+        self.given = itertools.count(1)
+
+    def __getitem__(self, i):
+        return np.full((self.height, 8), next(self.given), "float32")
+
+
+def moving_tf_dataset():
+    tf = pytest.importorskip("tensorflow")
+    given = tf.Variable(0.0)
+    return (
+        tf_data(np.ones((2, 8), "float32"))
+        .map(lambda x: x * given.assign_add(1.0), num_parallel_calls=1)
+        .batch(1)
+    )
+
+
+def moving_data_loader():
+    torch = pytest.importorskip("torch")
+    given = itertools.count(1)
+    return torch.utils.data.DataLoader(
+        [np.ones(8, "float32")] * 2,
+        collate_fn=lambda rows: torch.tensor(rows[0][None] * next(given)),
+    )
+
+
+MOVING = pytest.mark.parametrize(
+    "source, remedy",
+    [
+        (Moving, r"Let its `__getitem__\(i\)` return the same"),
+        (moving_tf_dataset, r"`x.cache\(\)`, after shuffling"),
+        (moving_data_loader, "`shuffle=False`, and no random augmentation"),
+    ],
+    ids=["py_dataset", "tf_data", "data_loader"],
+)
+
+
+def seen(passes):
+    """The numbers that a pass over `Moving` or its like gives."""
+    return [int(np.asarray(x)[0, 0]) for (x, _, _), _ in passes]
+
+
+@MOVING
+def test_batches_are_read_once(source, remedy):
+    probe = ProbeData(source())
+    assert seen(probe) == seen(probe) == [1, 2]
+    assert int(probe.first()[0][0, 0]) == 1
+    assert probe.num_batches == 2
+
+
+@MOVING
+def test_large_data_sets_that_move_are_refused(source, remedy, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_BYTES", LEAST)
+    source = source()
+    probe = ProbeData(source)
+    message = f"another batch number 1 when it was read again.*Received: .*{remedy}"
+    with pytest.raises(ValueError, match=message):
+        probe.first()
+    with pytest.raises(ValueError, match=message):
+        probe.mean(lambda batch: ops.sum(batch[0]))
+
+
+@MOVING
+def test_data_sets_that_moved_between_readings_are_told_of(source, remedy):
+    source = source()
+    ProbeData(source)
+    with pytest.warns(UserWarning, match=f"other batches than.*{remedy}"):
+        ProbeData(source)
+
+
+def test_data_sets_that_rest_are_read_again_without_a_word():
+    source = tf_data(X, Y).batch(2).shuffle(9).cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (batches(ProbeData(source)) for _ in range(2))
+    np.testing.assert_array_equal(first[0][0][0], second[0][0][0])
+
+
+@pytest.mark.parametrize("pass_of", [2, 4])
+def test_shuffled_takes_are_the_same_in_each_pass(pass_of):
+    source = tf_data(np.arange(50.0)).shuffle(50).batch(3).take(pass_of)
+    probe = ProbeData(source)
+    first, second = (np.concatenate([b[0] for b, _ in batches(probe)]) for _ in "12")
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(probe.first()[0], first[:3])
+
+
+@SOURCES
+def test_large_data_sets_are_read_anew_and_not_kept(source, monkeypatch):
+    made, most = [], []
+    placed = backend.placed
+
+    def alive():
+        return sum(tensor() is not None for tensor in made)
+
+    def watched(x, place):
+        tensor = placed(x, place)
+        made.append(weakref.ref(tensor))
+        most.append(alive())
+        return tensor
+
+    monkeypatch.setattr(backend, "placed", watched)
+    rows = np.arange(40 * 3.0).reshape(-1, 1)
+    source = source(rows)
+    if isinstance(source, Batches):
+        source.length = 40
+    monkeypatch.setattr(module, "KEPT_BYTES", 4 * LEAST)
+    probe = ProbeData(source)
+    assert probe.num_batches == 40
+    assert alive() <= 1  # What was kept until it turned out too large is gone.
+    most.clear()
+    for _ in range(2):
+        mean = probe.mean(lambda batch: ops.mean(batch[0]))
+        np.testing.assert_allclose(mean, rows.mean(), rtol=1e-6)
+        assert [n for _, n in probe.in_pairs(1)] == [1, *[3] * 39, 2]
+    assert len(most) >= 160 and max(most) <= 6
+    monkeypatch.setattr(module, "KEPT_BYTES", 40 * LEAST)
+    kept = ProbeData(source)
+    assert kept.num_batches == 40 and alive() >= 40
+
+
+def test_large_data_sets_are_compared_from_the_first_batch_read(monkeypatch):
+    monkeypatch.setattr(module, "KEPT_BYTES", 2 * LEAST)
+    source = Batches(np.arange(15.0), length=5)
+    probe = ProbeData(source)  # Has read three of them.
+    passing = iter(probe)
+    for _ in range(4):
+        next(passing)
+    passing.close()
+    source.arrays[0][0] = -1
+    with pytest.raises(ValueError, match="another batch number 1 "):
+        probe.first()
+    source.arrays[0][0] = 0
+    source.arrays[0][14] = -1
+    assert len(list(probe)) == 5  # The last one was not met before.
+    source.arrays[0][14] = 14
+    with pytest.raises(ValueError, match="another batch number 5 "):
+        list(probe)
+    source.arrays[0][14] = -1
+    source.length = 4
+    with pytest.raises(ValueError, match="gave 4 batches and not 5 when"):
+        list(probe)
+    source.arrays, source.length = (np.append(source.arrays[0], [0.0] * 3),), 6
+    with pytest.raises(ValueError, match="gave more than 5 batches when"):
+        list(probe)
+
+
+def test_an_interrupted_reading_keeps_nothing():
+    class Interrupted(Batches):
+        broken = True
+
+        def __getitem__(self, i):
+            if i == 1 and self.broken:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    source = Interrupted(X, Y)
+    with pytest.raises(KeyboardInterrupt):
+        ProbeData(source)
+    source.broken = False
+    assert [n for _, n in ProbeData(source)] == [3, 2]
+
+
+def test_lengths_that_are_not_told(monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    def loader():
+        return torch.utils.data.DataLoader(stream(torch), batch_size=1)
+
+    def filtered(samples):
+        return samples.batch(1).filter(lambda x: True)
+
+    monkeypatch.setattr(module, "KEPT_BYTES", 3 * LEAST)
+    for source in (loader(), filtered(tf_data(np.arange(3)))):
+        assert ProbeData(source).num_batches == 3
+    monkeypatch.setattr(module, "KEPT_BYTES", 2 * LEAST)
+    message = "not end within 3 batches.*maybe it never does. Received: "
+    with pytest.raises(ValueError, match=message + ".*__len__"):
+        ProbeData(loader())
+    endless = filtered(tf_data(np.arange(3)).repeat())
+    with pytest.raises(ValueError, match=message + ".*assert_cardinality"):
+        ProbeData(endless)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (X, X.astype("float32")),
+        (X, X.reshape(2, 5)),
+        (X, X + np.eye(5, 2) * 1e-9),
+        (np.array(["a", "b"], object), np.array(["a", "c"], object)),
+        ((X, None), (X, X)),
+    ],
+    ids=["type", "shape", "number", "text", "weight"],
+)
+def test_what_moves_is_seen(a, b):
+    first, second, again = (module._digest((x, Y, None)) for x in (a, b, a))
+    assert first == again != second
 
 
 # Random numbers

@@ -108,9 +108,8 @@ class HessianOperator:
         self._make(Evaluation(loss, data, jit_compile), hvp)
         # Variables that were made just now may have been placed elsewhere.
         if not known:
-            self.set_data(x, y, sample_weight, batch_size=batch_size)
-        if batch_size is not None:
-            self._check_chunks()
+            self.evaluation.data = data.moved_to(self.place)
+        _tell_of_grouping(self.evaluation)
 
     @classmethod
     def from_function(
@@ -164,7 +163,6 @@ class HessianOperator:
         self._products = evaluation.mean_of(
             self._by_tape if by_tape else self._by_differences
         )
-        self._loss = evaluation.mean_of(evaluation.loss)
         self._loss_and_gradient = evaluation.mean_of(self._gradient)
         _tell(evaluation, by_tape)
 
@@ -199,6 +197,7 @@ class HessianOperator:
         self.evaluation.data = self._data(
             self.variables, x, y, sample_weight, batch_size
         )
+        _tell_of_grouping(self.evaluation)
 
     def set_parameters(self, parameters: Any) -> None:
         """Moves an operator of a function to other parameters.
@@ -321,33 +320,12 @@ class HessianOperator:
 
     def loss(self) -> Tensor:
         """The loss on the probe data, a scalar tensor."""
-        return self._loss()
+        return self.evaluation.mean_loss()
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """The loss (scalar tensor) and its flat gradient `(P,)` on the probe data."""
         value, gradient = self._loss_and_gradient()
         return value, gradient
-
-    def _check_chunks(self) -> None:
-        """Warns when the loss of a chunk is not the mean of its parts' losses.
-
-        Compares parts of chunks, because the whole probe may not fit into memory.
-        """
-        data = self.evaluation.data
-        if data.num_batches == 1:
-            return
-        halves = Evaluation(self.evaluation.loss, data.halved())
-        expected = float(ops.convert_to_numpy(self.loss()))
-        mean = float(ops.convert_to_numpy(halves.mean_of(halves.loss)()))
-        if not np.isclose(mean, expected, rtol=1e-3, atol=1e-6):
-            warnings.warn(
-                "The loss is not a mean over samples (a sum, a mean over unmasked "
-                "steps, or a penalty on a whole batch): with `batch_size` the "
-                "result is the mean over the chunks, weighted by their sizes. "
-                f"Mean loss over the chunks: {expected:.6g}, over chunks of half the "
-                f"size: {mean:.6g}.",
-                stacklevel=3,
-            )
 
     # Conversions
 
@@ -437,9 +415,25 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
         )
 
 
-def _warn(message: str) -> None:
+def _tell_of_grouping(evaluation: Evaluation) -> None:
+    """Warns where a mean over batches is not the loss of all samples together."""
+    means = evaluation.differs_by_grouping()
+    if means is not None:
+        _warn(
+            "The loss is not a mean over samples (a sum, a mean over unmasked steps or "
+            "by the sum of weights, a penalty on a whole batch, or layers that mix the "
+            "samples of a batch). With several batches, all figures are those of the "
+            "mean over these batches, weighted by their sizes; other batches of the "
+            "same samples give others: near the present weights, the mean loss is "
+            f"{means[0]:.6g} in one grouping and {means[1]:.6g} in another. Put all "
+            "samples into one batch, or use the batches of training.",
+            stacklevel=4,
+        )
+
+
+def _warn(message: str, stacklevel: int = 5) -> None:
     # The line that made the operator, past its own constructor.
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def _places(loss: Loss, caveats: list[Caveat]) -> str:

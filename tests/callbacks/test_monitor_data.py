@@ -127,7 +127,9 @@ def test_fresh_batches(source):
     rows = [slice(5 * (i % 4), 5 * (i % 4) + 5) for i in range(6)]
     losses = [model.evaluate(X[r], Y[r], verbose=0) for r in rows]
     np.testing.assert_allclose([r["loss"] for r in watch.history], losses, rtol=1e-5)
-    assert watch.operator._loss.traces() <= 1  # PyTorch compiles nothing.
+    assert (
+        watch.operator.evaluation.mean_loss.traces() <= 1
+    )  # PyTorch compiles nothing.
 
 
 def test_fresh_batches_go_on_after_an_error():

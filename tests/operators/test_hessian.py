@@ -955,11 +955,10 @@ def test_data_sets_are_weighted_by_size(float64):
         v = vector(op.shape[0])
         np.testing.assert_allclose(op @ v, dense @ v, atol=1e-12)
         assert op._products.traces() <= 2
-    assert done[:3] == [(1, 3), (2, 3), (3, 3)]
-    assert (1, None) in done
+    assert set(done) == {(1, 3), (2, 3), (3, 3)}
 
 
-def test_a_new_pass_reads_the_data_set_anew():
+def test_data_sets_that_move_are_read_once():
     case = small()
     scale = tf.Variable(1.0)
     data = tf.data.Dataset.from_tensors((case.x, case.y)).map(
@@ -969,6 +968,9 @@ def test_a_new_pass_reads_the_data_set_anew():
     v = np.ones(op.shape[0])
     first = op @ v
     scale.assign(2.0)
+    np.testing.assert_array_equal(op @ v, first)
+    with pytest.warns(UserWarning, match="gives other batches than when"):
+        op.set_data(data)
     assert relative_error(op @ v, first) > 0.1
 
 
