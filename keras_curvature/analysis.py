@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from keras import ops
@@ -29,6 +29,9 @@ from keras_curvature.layerwise import (
 from keras_curvature.loss import FunctionLoss, TrainingLoss
 from keras_curvature.operators import BasisDiagonal, HessianOperator
 from keras_curvature.progress import Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: `method="auto"` computes a figure exactly if that takes at most this many products.
 AFFORDABLE_MATVECS = 64
@@ -139,6 +142,20 @@ def hessian_diagonal(
     return result
 
 
+def _keeping_still(
+    function: Callable[Concatenate[HessianOperator, P], T],
+) -> Callable[Concatenate[HessianOperator, P], T]:
+    """A function of an operator that keeps still meanwhile."""
+
+    @functools.wraps(function)
+    def keeping(operator: HessianOperator, *args: P.args, **kwargs: P.kwargs) -> T:
+        with operator.still():
+            return function(operator, *args, **kwargs)
+
+    return keeping
+
+
+@_keeping_still
 def diagonal_moments(
     operator: HessianOperator,
     method: str = "auto",

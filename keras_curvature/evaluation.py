@@ -1,7 +1,8 @@
 """A loss on data: what is compiled of it, and how it is averaged over batches."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from keras import ops
@@ -12,6 +13,10 @@ from keras_curvature.data import ProbeData
 from keras_curvature.loss import Loss, State
 
 T = TypeVar("T")
+
+#: Relative and absolute differences of losses that rounding may explain: what is
+#: compiled for one purpose adds up in another order than what is for another.
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-6
 
 
 class Evaluation:
@@ -37,14 +42,65 @@ class Evaluation:
         self.on_batch: Callable[[int, int | None], None] | None = None
         self.jit_compile = jit_compile
         self._made: dict[Any, Any] = {}
-        self.mean_loss = self.mean_of(loss)
+        self._held: State | None = None
+        self._losses_seen: list[Tensor] = []
+        self.mean_loss = self.mean_of(lambda state, batch: (loss(state, batch),) * 2)
+
+    def state(self) -> State:
+        """The present values of all variables, or those that are held."""
+        return self.loss.state() if self._held is None else self._held
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """A context in which all products are of one and the same function.
+
+        The values of all variables are taken once, at its beginning: the weights may
+        move meanwhile. What else a loss may read (a random state, something outside of
+        the model) cannot be held, but each pass over the data gives the loss as well,
+        and it must be the same in all of them. A context inside of another one shares
+        its state.
+
+        Raises:
+            ValueError: at its end, if the loss has moved.
+        """
+        if self._held is not None:
+            yield
+            self._check_losses()
+            return
+        self._held = self.loss.state()
+        try:
+            yield
+            self._check_losses()
+        finally:
+            self._held, self._losses_seen = None, []
+
+    def saw(self, loss: Tensor) -> None:
+        """Takes note of the mean loss in a pass over the data."""
+        if self._held is not None:
+            self._losses_seen.append(loss)
+
+    def _check_losses(self) -> None:
+        # Not as they come: a number that is asked for stops the device.
+        losses = [float(ops.convert_to_numpy(loss)) for loss in self._losses_seen]
+        self._losses_seen = self._losses_seen[:1]
+        low, high = min(losses, default=0.0), max(losses, default=0.0)
+        if high - low > _ABSOLUTE + _RELATIVE * max(abs(low), abs(high)):
+            raise ValueError(
+                "The loss moved while its curvature was measured: figures would mix "
+                "the Hessians of different functions. Received: losses between "
+                f"{low:.6g} and {high:.6g} in {len(losses):,} passes over the same "
+                "data at the same weights. Does it draw random numbers, or read "
+                "something that was changed meanwhile? Draw with `keras.random` and a "
+                "`keras.random.SeedGenerator`, and keep what it reads in "
+                "`keras.Variable`s."
+            )
 
     def mean_of(self, function: Callable[..., Any], numbered: bool = False) -> "Mean":
         """Compiles a function of state and batch, and averages it over the data.
 
         Args:
-            function: pure function `function(state, batch, *args)` that returns a
-                tensor or a nested structure of tensors.
+            function: pure function `function(state, batch, *args)` that returns the
+                loss, and a tensor or a nested structure of tensors.
             numbered: whether the number of the batch follows as last argument.
 
         Returns:
@@ -68,7 +124,7 @@ class Evaluation:
         """
         if self.data.num_batches == 1:
             return None
-        state = self.loss.state()
+        state = self.state()
         for at in (_moved(state, self.data.place), state):
             means, losses = zip(
                 *(self._losses(at, start) for start in (0, 1)), strict=True
@@ -86,7 +142,7 @@ class Evaluation:
         losses, sizes = [], []
         for batch, size in self.data.in_pairs(start):
             with backend.on(self.data.place), backend.twice_differentiable():
-                loss = self.mean_loss.compiled(state, batch)
+                loss, _ = self.mean_loss.compiled(state, batch)
             losses.append(float(ops.convert_to_numpy(loss)))
             sizes.append(size)
         products = [loss * size for loss, size in zip(losses, sizes, strict=True)]
@@ -95,16 +151,12 @@ class Evaluation:
     def at_first(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(state, batch, *args)` of the first batch, compiled and run once."""
         with backend.on(self.data.place), backend.twice_differentiable():
-            return backend.compiled(function)(
-                self.loss.state(), self.data.first(), *args
-            )
+            return backend.compiled(function)(self.state(), self.data.first(), *args)
 
     def outline(self, function: Callable[..., Any], *args: Any) -> backend.Outline:
         """What is known of `function(state, batch, *args)` before it runs."""
         with backend.twice_differentiable():
-            return backend.outline(
-                function, self.loss.state(), self.data.first(), *args
-            )
+            return backend.outline(function, self.state(), self.data.first(), *args)
 
     def once(self, make: Callable[["Evaluation"], T]) -> T:
         """`make(self)`, made at the first call and kept as long as this lives.
@@ -123,7 +175,7 @@ class Mean:
 
     Args:
         evaluation: the `Evaluation` that has the state and the data.
-        function: `function(state, batch, *args)`.
+        function: `function(state, batch, *args)`; returns the loss and something else.
         numbered: whether the number of the batch follows as last argument.
 
     Attributes:
@@ -138,16 +190,18 @@ class Mean:
         self.compiled = backend.compiled(function, evaluation.jit_compile)
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns, averaged over the batches by their sizes."""
+        """What comes with the loss, averaged over the batches by their sizes."""
         evaluation = self._evaluation
-        state = evaluation.loss.state()
+        state = evaluation.state()
         with backend.twice_differentiable():
-            return evaluation.data.mean(
+            loss, result = evaluation.data.mean(
                 lambda batch, *rest: self.compiled(state, batch, *rest),
                 *args,
                 numbered=self._numbered,
                 on_batch=evaluation.on_batch,
             )
+        evaluation.saw(loss)
+        return result
 
     def traces(self) -> int:
         """How often the function was compiled."""

@@ -269,7 +269,7 @@ class FunctionLoss:
         values = [scope.get_current_value(v) for v in self.variables]
         if self._native is not None:
             return _as_scalar(self._native(values))
-        with scope:
+        with _random_state_at_rest(), scope:
             if self._reads:
                 return _as_scalar(self._function())
             return _as_scalar(self._function(self.pack(values)))
@@ -498,10 +498,14 @@ def _as_in_inference(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _random_state_at_rest() -> Iterator[None]:
-    """Layers and losses that read Python's or NumPy's random state leave it."""
+    """Layers and losses that read a global random state leave it.
+
+    They draw the same numbers each time, as long as nobody else draws.
+    """
     states = random.getstate(), np.random.get_state()
     try:
-        yield
+        with backend.random_state_at_rest():
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -57,7 +57,7 @@ def curvature_summary(
         ValueError: for an unknown method or inconsistent data.
     """
     operator = operator_for(model, x, y, options)
-    with Progress(operator.evaluation, verbose) as progress:
+    with operator.still(), Progress(operator.evaluation, verbose) as progress:
         diagonal = diagonal_moments(
             operator,
             method,

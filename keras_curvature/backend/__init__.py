@@ -55,6 +55,7 @@ on = _backend.on
 outline = _backend.outline
 place_of = _backend.place_of
 placed = _backend.placed
+random_state_at_rest = _backend.random_state_at_rest
 record = _backend.record
 signs = _backend.signs
 sum_chunks = _backend.sum_chunks
@@ -92,6 +93,7 @@ __all__ = [
     "outline",
     "place_of",
     "placed",
+    "random_state_at_rest",
     "record",
     "signs",
     "sum_chunks",

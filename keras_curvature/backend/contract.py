@@ -34,6 +34,7 @@ Conventions:
 | `array(x, dtype=None)` | `x` as a tensor, in the present place |
 | `is_tensor(x)` | whether `x` is a tensor of the framework |
 | `values(variables)` | the current values of variables, as tensors |
+| `random_state_at_rest()` | context after which the framework's global random state is what it was. TensorFlow's cannot be put back, and `examine` tells of what draws from it |
 | `wide_float()` | name of the widest floating type the framework computes in now |
 | `place_of(variable)` | where it lives: opaque, for `on` and `placed` |
 | `on(place)` | context in which new tensors are made there; `None` for anywhere |
@@ -82,11 +83,12 @@ class Outline(NamedTuple):
 
 
 class Caveat(NamedTuple):
-    """An operation whose derivative the framework takes for zero without a word.
+    """An operation that makes derivatives wrong without a word of the framework.
 
     Attributes:
         kind: `"gradient"` if first derivatives stop there, `"second_derivative"` if
-            only second ones do, `"xla"` if it is wrong only when XLA compiles it.
+            only second ones do, `"xla"` if they are wrong only when XLA compiles it,
+            `"random"` if it draws other numbers at each run.
         operation: its type, in the framework's words.
         name: its name, in which layers may be found.
     """

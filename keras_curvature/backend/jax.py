@@ -341,6 +341,11 @@ def num_replicas() -> int:
 # Random numbers
 
 
+def random_state_at_rest() -> contextlib.AbstractContextManager[None]:
+    """See the contract: JAX has no random state."""
+    return contextlib.nullcontext()
+
+
 def signs(shape: Sequence[int], key: Any, dtype: str) -> Tensor:
     """See the contract.
 

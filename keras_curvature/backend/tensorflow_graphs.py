@@ -48,6 +48,29 @@ STOP_SECOND_DERIVATIVES = {
 #: XLA finds the position of the maximum from rounded inputs in second derivatives.
 _WRONG_IN_XLA = {"MaxPool", "MaxPoolV2", "MaxPool3D", "MaxPoolWithArgmax"}
 
+#: Draw from a state that moves on, whatever their seeds are. `RngReadAndSkip` is how a
+#: `tf.random.Generator` does.
+_RANDOM = {
+    "Multinomial",
+    "NonDeterministicInts",
+    "ParameterizedTruncatedNormal",
+    "RandomGamma",
+    "RandomPoisson",
+    "RandomPoissonV2",
+    "RandomShuffle",
+    "RandomStandardNormal",
+    "RandomUniform",
+    "RandomUniformInt",
+    "RngReadAndSkip",
+    "StatefulRandomBinomial",
+    "StatefulStandardNormalV2",
+    "StatefulTruncatedNormal",
+    "StatefulUniform",
+    "StatefulUniformFullInt",
+    "StatefulUniformInt",
+    "TruncatedNormal",
+}
+
 #: Which kinds of caveats the types of operations bring.
 _KINDS = {
     "gradient": STOP_GRADIENTS,
@@ -103,7 +126,8 @@ def examine(
     """See the contract.
 
     Only operations through which the gradient depends on the point count, and
-    dependence through integers, comparisons and other flat functions does not.
+    dependence through integers, comparisons and other flat functions does not; what
+    draws random numbers counts wherever the loss is computed from it.
     """
     with tf.__internal__.FuncGraph("examine").as_default() as graph:
         traced = {
@@ -123,6 +147,11 @@ def examine(
             for s in sources
         ]
         operations = list(_operations_between(starts, gradient, graph))
+        drawing = [
+            Caveat("random", operation, name)
+            for operation, name in _operations_behind(loss, graph)
+            if operation in _RANDOM
+        ]
     caveats = {
         Caveat(kind, operation, name)
         for operation, name, is_shift in operations
@@ -131,7 +160,7 @@ def examine(
     }
     return Findings(
         frozenset(name for name, g in zip(traced, gradient, strict=True) if g is None),
-        tuple(sorted(caveats)),
+        tuple(sorted({*caveats, *drawing})),
     )
 
 
@@ -151,12 +180,7 @@ def _operations_between(
     starts: Iterable[Tensor], gradient: Iterable[Tensor | None], graph: Any
 ) -> Iterator[tuple[str, str, bool]]:
     """Yields (type, name, whether it is a harmless shift) of each operation."""
-    behind, ops = set(), [g.op for g in gradient if g is not None]
-    while ops:
-        op = ops.pop()
-        if op not in behind:
-            behind.add(op)
-            ops.extend(t.op for t in op.inputs)
+    behind = _behind([g for g in gradient if g is not None])
     called: list[str] = []
     reached, tensors = set(), list(starts)
     while tensors:
@@ -171,6 +195,30 @@ def _operations_between(
     if called:
         # Bodies of loops, branches and calls: each of their operations counts.
         yield from _operations_inside(called, graph.as_graph_def().library)
+
+
+def _behind(tensors: Iterable[Tensor]) -> set[Any]:
+    """All operations that tensors are computed by."""
+    behind, ops = set(), [t.op for t in tensors]
+    while ops:
+        op = ops.pop()
+        if op not in behind:
+            behind.add(op)
+            ops.extend(t.op for t in op.inputs)
+    return behind
+
+
+def _operations_behind(tensor: Tensor, graph: Any) -> Iterator[tuple[str, str]]:
+    """Yields (type, name) of each operation that a tensor is computed by."""
+    called: list[str] = []
+    for op in _behind([tensor]):
+        yield op.type, op.name
+        called.extend(_functions(op.node_def))
+    if called:
+        for operation, name, _ in _operations_inside(
+            called, graph.as_graph_def().library
+        ):
+            yield operation, name
 
 
 def _carries_gradients(tensor: Tensor) -> bool:

@@ -45,6 +45,7 @@ __all__ = [
     "outline",
     "place_of",
     "placed",
+    "random_state_at_rest",
     "record",
     "signs",
     "sum_chunks",
@@ -228,6 +229,16 @@ def num_replicas() -> int:
 
 
 # Random numbers
+
+
+def random_state_at_rest() -> contextlib.AbstractContextManager[None]:
+    """See the contract: on the host and in the present place."""
+    place = _place()
+    devices = [] if place.type in ("cpu", "meta") else [place]
+    kind = place.type if devices else "cuda"
+    rest: contextlib.AbstractContextManager[None]
+    rest = torch.random.fork_rng(devices, device_type=kind)
+    return rest
 
 
 def signs(shape: Sequence[int], key: Any, dtype: str) -> Tensor:

@@ -209,7 +209,8 @@ def examine(
     The gradient of a user's own `torch.autograd.Function` may be computed where
     nothing is recorded (by a kernel, or under `once_differentiable`, whose error comes
     only where all leaves are differentiated by). The second derivative takes it for a
-    constant.
+    constant. A loss that is another one when it is computed again draws numbers from a
+    generator of its own, or counts its calls.
     """
     caveats: set[Caveat] = set()
     with _building_graphs():
@@ -218,6 +219,10 @@ def examine(
         for node in _own_functions(loss):
             node.register_hook(_watch(node, caveats))
         parts = _backward([loss], None, sources, create_graph=True)
+    with torch.no_grad():
+        again, _ = function(dict(point))
+    if not torch.allclose(loss, again, rtol=1e-4, equal_nan=True):
+        caveats.add(Caveat("random", "a loss", f"first {loss:.6g}, then {again:.6g}"))
     unconnected = frozenset(name for name, part in parts.items() if part is None)
     return Findings(unconnected, tuple(sorted(caveats)))
 

@@ -41,7 +41,11 @@ Seed: TypeAlias = int | Sequence[int]
 
 
 class SymmetricOperator(Protocol):
-    """What an estimator needs to know of a matrix: `shape == (P, P)` and `A @ V`."""
+    """What an estimator needs to know of a matrix: `shape == (P, P)` and `A @ V`.
+
+    A matrix that may move has a method `still()`: a context in which it does not, or
+    which raises an error at its end.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -142,12 +146,14 @@ class Products:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """A context in which tensors are made next to the operator, and are precise.
+        """A context for the products of one estimate.
 
-        Graphics processors round the factors of a matrix product to ten bits
-        otherwise, and Q would not be orthonormal.
+        The operator keeps still. Tensors are made next to it, and are precise: graphics
+        processors round the factors of a matrix product to ten bits otherwise, and Q
+        would not be orthonormal.
         """
-        with on(self.place), twice_differentiable():
+        still = getattr(self._operator, "still", contextlib.nullcontext)
+        with still(), on(self.place), twice_differentiable():
             yield
 
 

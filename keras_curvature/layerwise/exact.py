@@ -176,11 +176,11 @@ class ExactDiagonal:
 
     def _certificates(
         self, state: State, batch: Batch, key: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """What speaks against the cheaper ways, each as a relative size.
 
         Returns:
-            The coupling of the outputs with the rest, the departures from
+            The loss; and the coupling of the outputs with the rest, the departures from
             Gauss–Newton by use, the noise without that part, and the departures of
             penalties from a diagonal.
         """
@@ -193,14 +193,16 @@ class ExactDiagonal:
             coupling = gauss_newton.coupling(recording, key)
             departures, noise = gauss_newton.departure(recording, key)
         penalties = [off_diagonal(recording, i, key) for i in self._penalized()]
-        return (
+        return recording.loss, (
             coupling,
             ops.stack(departures),
             noise,
             ops.stack(penalties) if penalties else ops.zeros((0,)),
         )
 
-    def _diagonal(self, state: State, batch: Batch, ways: tuple[str, ...]) -> Tensor:
+    def _diagonal(
+        self, state: State, batch: Batch, ways: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
         taking = {
             way: [i for i, taken in enumerate(ways) if taken == way]
             for way in ("parameters", "outputs", "gauss_newton")
@@ -224,7 +226,7 @@ class ExactDiagonal:
         found |= gauss_newton.diagonal(recording, taking["gauss_newton"])
         for i, part in found.items():
             parts[i] = parts[i] + part
-        return self._layout.joined(parts)
+        return recording.loss, self._layout.joined(parts)
 
 
 def by_parameters(recording: LayerRecording, i: int) -> Tensor:

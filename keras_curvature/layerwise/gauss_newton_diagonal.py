@@ -125,17 +125,19 @@ class GaussNewtonDiagonal:
             leaks.append(leaked / ops.where(whole > 0, whole, 1))
         return ops.maximum(*leaks)
 
-    def _by_outputs(self, state: State, batch: Batch) -> Tensor:
+    def _by_outputs(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         recording = LayerRecording(self._structure, state, batch, True)
         key = backend.array([0, 0], "int32")
         parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
         parts |= {i: _by_samples(recording, i) for i in self._uncovered}
         layout = self._evaluation.loss.layout
-        return layout.joined(
+        return recording.loss, layout.joined(
             [parts[i] + exact_penalty(recording, i, key) for i in sorted(parts)]
         )
 
-    def _prepared(self, state: State, batch: Batch, by_position: bool) -> Draw:
+    def _prepared(
+        self, state: State, batch: Batch, by_position: bool
+    ) -> tuple[Tensor, Draw]:
         recording = LayerRecording(self._structure, state, batch, True)
         space = OutputSpace(recording)
         s = space.hessian_by_position() if by_position else space.hessian()
@@ -156,7 +158,7 @@ class GaussNewtonDiagonal:
             parts = recording.diagonal(g, g)
             return [part + p for part, p in zip(parts, penalties, strict=True)]
 
-        return draw
+        return recording.loss, draw
 
 
 def _by_samples(recording: LayerRecording, i: int) -> Tensor:

@@ -43,18 +43,19 @@ from keras_curvature.loss import State
 #: One sample of the diagonal, a tensor for each variable, from a key; while tracing.
 Draw: TypeAlias = Callable[[Tensor], list[Tensor]]
 
+#: The loss, and what draws samples; from state and batch.
+Prepared: TypeAlias = Callable[[State, Batch], tuple[Tensor, Draw]]
+
 
 class Samples:
     """Independent unbiased samples of a diagonal.
 
     Args:
         evaluation: of a `TrainingLoss`.
-        prepared: pure function of state and batch to a `Draw`.
+        prepared: pure function of state and batch to the loss and a `Draw`.
     """
 
-    def __init__(
-        self, evaluation: Evaluation, prepared: Callable[[State, Batch], Draw]
-    ):
+    def __init__(self, evaluation: Evaluation, prepared: Prepared):
         self._layout = evaluation.loss.layout
         self._prepared = prepared
         self._mean = evaluation.mean_of(self._draw, numbered=True)
@@ -81,15 +82,16 @@ class Samples:
 
     def _draw(
         self, state: State, batch: Batch, key: Tensor, numbers: Tensor, number: Tensor
-    ) -> Tensor:
-        draw = self._prepared(state, batch)
+    ) -> tuple[Tensor, Tensor]:
+        loss, draw = self._prepared(state, batch)
 
         def sample(i: Any) -> Tensor:
             # Fresh signs for each sample and each batch of the data.
             own = backend.fold_in(backend.fold_in(key, numbers[i]), number)
             return self._layout.joined(draw(own))
 
-        return ops.transpose(backend.loop_range(sample, ops.shape(numbers)[0]))
+        samples = backend.loop_range(sample, ops.shape(numbers)[0])
+        return loss, ops.transpose(samples)
 
 
 class LayerwiseDiagonal:
@@ -121,7 +123,7 @@ class LayerwiseDiagonal:
         self._control_variate = control_variate
         self.samples = Samples(evaluation, self._prepared)
 
-    def _prepared(self, state: State, batch: Batch) -> Draw:
+    def _prepared(self, state: State, batch: Batch) -> tuple[Tensor, Draw]:
         recording = LayerRecording(
             self._structure, state, batch, outputs=self._control_variate
         )
@@ -141,7 +143,7 @@ class LayerwiseDiagonal:
                 total = [t + p for t, p in zip(total, part, strict=True)]
             return total
 
-        return draw
+        return recording.loss, draw
 
     def _controlled(
         self, recording: LayerRecording

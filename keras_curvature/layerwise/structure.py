@@ -220,7 +220,7 @@ class _Survey:
         self._met: dict[Place, Met] = {}
         self._given: list[Given] = []
         self._uses: dict[Place, Use] = {}
-        state, batch = loss.state(), evaluation.data.first()
+        state, batch = evaluation.state(), evaluation.data.first()
         self._evaluation = evaluation
         outline = evaluation.outline(self._run, state.values)
         self._signature = signature(batch)

@@ -49,8 +49,10 @@ class BasisDiagonal:
                 raise KeyboardInterrupt
         return ops.concatenate(parts)[:size]
 
-    def _entries(self, state: State, batch: Batch, start: Tensor) -> Tensor:
-        """The entries from `start` on, zero beyond the last one; while tracing."""
+    def _entries(
+        self, state: State, batch: Batch, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the entries from `start` on, zero beyond the last one."""
         layout = self._layout
         point = dict(enumerate(state.values))
         recording = backend.record(of_values(self._loss, state.others, batch), point)
@@ -62,4 +64,4 @@ class BasisDiagonal:
             product = layout.joined(list(multiply(layout.parted(e)).values()))
             return ops.sum(e * product)
 
-        return backend.map_range(entry, self._width)
+        return recording.loss, backend.map_range(entry, self._width)

@@ -1,5 +1,6 @@
 """The Hessian over the trainable variables, as a matrix that is never formed."""
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -231,6 +232,10 @@ class HessianOperator:
         """Where the variables live and the work is done: for `backend.on`."""
         return backend.place_of(self.variables[0])
 
+    def still(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which all products are of one matrix; see `Evaluation.still`."""
+        return self.evaluation.still()
+
     def __repr__(self) -> str:
         return (
             f"<HessianOperator {self.shape[0]}×{self.shape[0]} {self.dtype.name}, "
@@ -287,7 +292,9 @@ class HessianOperator:
             return results[0]
         return ops.concatenate(results, axis=1) if results else block
 
-    def _by_tape(self, state: State, batch: Batch, columns: Tensor) -> Tensor:
+    def _by_tape(
+        self, state: State, batch: Batch, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
         point = dict(enumerate(state.values))
         recording = backend.record(of_values(loss, state.others, batch), point)
@@ -297,9 +304,12 @@ class HessianOperator:
         def product(i: Any) -> Tensor:
             return layout.joined(list(multiply(layout.parted(rows[i])).values()))
 
-        return ops.transpose(backend.loop_range(product, ops.shape(columns)[1]))
+        products = backend.loop_range(product, ops.shape(columns)[1])
+        return recording.loss, ops.transpose(products)
 
-    def _by_differences(self, state: State, batch: Batch, columns: Tensor) -> Tensor:
+    def _by_differences(
+        self, state: State, batch: Batch, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
 
         def gradient_at(values: list[Tensor]) -> list[Tensor]:
@@ -311,12 +321,16 @@ class HessianOperator:
             return layout.joined(difference_product(gradient_at, values, direction))
 
         values, rows = backend.values(state.values), ops.transpose(columns)
-        return ops.transpose(backend.loop_range(product, ops.shape(rows)[0]))
+        products = backend.loop_range(product, ops.shape(rows)[0])
+        return loss(state, batch), ops.transpose(products)
 
-    def _gradient(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _gradient(
+        self, state: State, batch: Batch
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         at = of_values(self.evaluation.loss, state.others, batch)
         loss, _, gradient = backend.gradient(at, dict(enumerate(state.values)))
-        return loss, self.evaluation.loss.layout.joined(list(gradient.values()))
+        flat = self.evaluation.loss.layout.joined(list(gradient.values()))
+        return loss, (loss, flat)
 
     def loss(self) -> Tensor:
         """The loss on the probe data, a scalar tensor."""
@@ -353,10 +367,11 @@ class HessianOperator:
         """The Hessian as a NumPy array of shape (P, P): P products, P² numbers."""
         size, width = self.shape[0], backend.PRODUCTS_PER_PASS
         dense = np.empty(self.shape, self.dtype)
-        for start in range(0, size, width):
-            # The last block is as wide as the others, so that it is compiled once.
-            basis = np.eye(size, width, -start, self.dtype)
-            dense[:, start : start + width] = (self @ basis)[:, : size - start]
+        with self.still():
+            for start in range(0, size, width):
+                # The last block is as wide as the others, so that it is compiled once.
+                basis = np.eye(size, width, -start, self.dtype)
+                dense[:, start : start + width] = (self @ basis)[:, : size - start]
         return dense
 
     def to_scipy(self) -> Any:
@@ -393,6 +408,15 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
     def places(kind: str) -> str:
         return _places(loss, [c for c in findings.caveats if c.kind == kind])
 
+    if places("random"):
+        raise ValueError(
+            "The loss draws other random numbers each time it is computed, so that no "
+            "two products would be of the same Hessian. Received: "
+            f"{places('random')}. Draw with `keras.random` and a "
+            "`keras.random.SeedGenerator`, which stay as they are meanwhile; or with a "
+            "fixed seed (`tf.random.stateless_uniform` and its like, a "
+            "`torch.Generator` that is seeded at each call)."
+        )
     if by_tape and places("second_derivative"):
         _warn(
             f"{_FRAMEWORK} lacks the second derivative of these operations and takes "

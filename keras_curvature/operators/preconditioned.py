@@ -1,5 +1,6 @@
 """An operator seen through a diagonal preconditioner."""
 
+import contextlib
 from typing import Any
 
 from keras_curvature.backend import Tensor
@@ -23,6 +24,7 @@ class PreconditionedOperator:
         self.shape = operator.shape
         self.dtype = operator.dtype
         self.place = getattr(operator, "place", None)
+        self.still = getattr(operator, "still", contextlib.nullcontext)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         scale = self._scale if len(v.shape) == 1 else self._scale[:, None]
