@@ -234,10 +234,9 @@ def num_replicas() -> int:
 def random_state_at_rest() -> contextlib.AbstractContextManager[None]:
     """See the contract: on the host and in the present place."""
     place = _place()
-    devices = [] if place.type in ("cpu", "meta") else [place]
-    kind = place.type if devices else "cuda"
-    rest: contextlib.AbstractContextManager[None]
-    rest = torch.random.fork_rng(devices, device_type=kind)
+    # Of others, such as Apple's, PyTorch does not hand out the state by device.
+    devices = [place] if place.type == "cuda" else []
+    rest: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices)
     return rest
 
 

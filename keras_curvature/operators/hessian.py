@@ -45,8 +45,9 @@ class HessianOperator:
         model: a compiled Keras model (or any, with `loss_fn`).
         x: inputs: arrays, or a data set that also holds targets and weights: a
             `tf.data.Dataset`, a `keras.utils.PyDataset` or a PyTorch `DataLoader`. A
-            data set is read anew for each pass; H is then the mean over its batches,
-            weighted by their sizes.
+            data set is read once, and its batches are kept up to 1 GiB; a larger one
+            is read anew for each pass, and must give the same batches each time. H is
+            the mean over the batches, weighted by their sizes.
         y: targets.
         sample_weight: weights of the samples.
         class_weight: dictionary from class index to weight, as in `Model.fit`.
@@ -61,7 +62,8 @@ class HessianOperator:
         batch_size: splits arrays into chunks of this many samples whose products
             are summed, for probes larger than memory. For losses that are means
             over samples the result is the same; others give the mean over the
-            chunks, weighted by size, and a warning.
+            chunks, weighted by size, and a warning, as several batches of a data set
+            do.
         hvp: `"tape"` (exact) or `"finite_difference"`: central differences of the
             gradient, for operations without a second derivative. Their relative
             error is about 1e-4 to 1e-3 in float32 and 1e-9 in float64, and large
@@ -76,8 +78,9 @@ class HessianOperator:
         dtype: NumPy type of the products.
 
     Raises:
-        ValueError: for a model without loss or variables, inconsistent data, or an
-            unknown `hvp`.
+        ValueError: for a model without loss or variables, inconsistent data, a data
+            set that never ends, a loss that draws other random numbers each time, or
+            an unknown `hvp`.
     """
 
     def __init__(
@@ -188,6 +191,9 @@ class HessianOperator:
         batch_size: int | None = None,
     ) -> None:
         """Moves the operator to other data; the same shapes are not compiled again.
+
+        A data set is read now, as when the operator was made: passing the same one
+        again takes what it gives by then.
 
         Args:
             x: inputs or data set, as for the class.
@@ -413,9 +419,10 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
             "The loss draws other random numbers each time it is computed, so that no "
             "two products would be of the same Hessian. Received: "
             f"{places('random')}. Draw with `keras.random` and a "
-            "`keras.random.SeedGenerator`, which stay as they are meanwhile; or with a "
+            "`keras.random.SeedGenerator`, which stays as it is meanwhile, or with a "
             "fixed seed (`tf.random.stateless_uniform` and its like, a "
-            "`torch.Generator` that is seeded at each call)."
+            "`torch.Generator` that is seeded at each call); or use training=False, if "
+            "it draws in training only."
         )
     if by_tape and places("second_derivative"):
         _warn(
