@@ -27,7 +27,7 @@ __all__ = ["Batch", "ProbeData", "endless_batches"]
 KEPT_BYTES = 2**30
 
 #: As what a batch counts at least: neither small tensors nor reading them are free.
-_LEAST_BYTES = 2**14
+_LEAST_BYTES = 2**16
 
 
 class ProbeData:

@@ -19,7 +19,7 @@ from keras_curvature.data import ProbeData, endless_batches
 BACKEND = keras.backend.backend()
 
 #: What a small batch counts as.
-LEAST = 2**14
+LEAST = 2**16
 
 
 @SOURCES

@@ -51,6 +51,9 @@ _WRONG_IN_XLA = {"MaxPool", "MaxPoolV2", "MaxPool3D", "MaxPoolWithArgmax"}
 #: Draw from a state that moves on, whatever their seeds are. `RngReadAndSkip` is how a
 #: `tf.random.Generator` does.
 _RANDOM = {
+    "FixedUnigramCandidateSampler",
+    "LearnedUnigramCandidateSampler",
+    "LogUniformCandidateSampler",
     "Multinomial",
     "NonDeterministicInts",
     "ParameterizedTruncatedNormal",
@@ -68,7 +71,9 @@ _RANDOM = {
     "StatefulUniform",
     "StatefulUniformFullInt",
     "StatefulUniformInt",
+    "ThreadUnsafeUnigramCandidateSampler",
     "TruncatedNormal",
+    "UniformCandidateSampler",
 }
 
 #: Which kinds of caveats the types of operations bring.
