@@ -52,6 +52,7 @@ class ProbeData:
             Defaults to one batch with all of them.
         place: where the batches are placed, from `backend.place_of`. Defaults to
             anywhere.
+        across_processes: whether means go over the data of all processes.
 
     Raises:
         ValueError: if arrays differ in their number of samples, there are no
@@ -67,9 +68,22 @@ class ProbeData:
         class_weight: dict[int, float] | None = None,
         batch_size: int | None = None,
         place: Any = None,
+        across_processes: bool = False,
     ):
         self.place = place
         self._class_weight = class_weight
+        # The number of this process, and how many there are.
+        self._process: tuple[int, int] | None = None
+        if across_processes:
+            self._process = backend.process()
+            if self._process is None:
+                raise ValueError(
+                    "Means over processes need `torch.distributed.init_process_group` "
+                    "first, on PyTorch. On JAX `keras.distribution` spreads the data "
+                    "of one call over all devices, on TensorFlow the scope of a "
+                    f"strategy. Received: across_processes={across_processes!r} on "
+                    f"{keras.backend.backend()}."
+                )
         # Placed batches with their sizes, or the data set that they are read from.
         self._source: list[tuple[Batch, int]] | _Large
         if data_sets.is_data_set(x):
@@ -121,6 +135,7 @@ class ProbeData:
     def _of(cls, batches: list[tuple[Batch, int]], place: Any) -> Self:
         data = cls.__new__(cls)
         data.place, data._class_weight, data._source = place, None, batches
+        data._process = None
         return data
 
     @property
@@ -141,6 +156,7 @@ class ProbeData:
         """The same batches in another place, from `backend.place_of`."""
         moved = self.__class__.__new__(self.__class__)
         moved.place, moved._class_weight = place, self._class_weight
+        moved._process = self._process
         moved._source = self._source
         if isinstance(self._source, list):
             moved._source = [moved._placed(b, 0, size) for b, size in self._source]
@@ -170,10 +186,13 @@ class ProbeData:
             ValueError: if a data set that is too large to keep has moved.
         """
         num_batches, total, samples, done = self.num_batches, None, 0, 0
+        mine, processes = self._process or (0, 1)
         # The place is set for the work alone: reading stays where the data set is.
         for done, (batch, size) in enumerate(self, start=1):
             with backend.on(self.place):
-                number = (backend.array(done, "int32"),) if numbered else ()
+                # Of all batches that there are, one process after the other.
+                index = (done - 1) * processes + mine + 1
+                number = (backend.array(index, "int32"),) if numbered else ()
                 result = function(batch, *args, *number)
                 result = _map_arrays(ops.stop_gradient, result)
                 # A single batch is its own mean, to the last bit.
@@ -186,10 +205,26 @@ class ProbeData:
             samples += size
             if on_batch is not None:
                 on_batch(done, num_batches)
-        if done > 1:
-            with backend.on(self.place):
-                total = _map_arrays(lambda t: t / samples, total)
-        return total
+        with backend.on(self.place):
+            if self._process is not None:
+                total = total if done > 1 else _scaled(total, samples)
+                return self.over_processes(total, samples)
+            return _map_arrays(lambda t: t / samples, total) if done > 1 else total
+
+    def over_processes(self, total: Any, count: int) -> Any:
+        """The sum of totals over the sum of counts, if there are several processes.
+
+        Args:
+            total: tensor or nested structure of tensors.
+            count: how many samples it is a sum over.
+
+        Returns:
+            The mean; `total` as it is if there is one process.
+        """
+        if self._process is None:
+            return total
+        whole = backend.sum_over_processes(backend.array(count, "int32"))
+        return _map_arrays(lambda t: backend.sum_over_processes(t) / whole, total)
 
     def first(self) -> Batch:
         """The first batch, `(x, y, sample_weight)`."""

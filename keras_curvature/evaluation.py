@@ -149,9 +149,14 @@ class Evaluation:
         return sum(products) / sum(sizes), losses
 
     def at_first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(state, batch, *args)` of the first batch, compiled and run once."""
+        """`function(state, batch, *args)` of the first batch, compiled and run once.
+
+        The mean over the first batches of all processes, so that all draw the same
+        conclusions.
+        """
         with backend.on(self.data.place), backend.twice_differentiable():
-            return backend.compiled(function)(self.state(), self.data.first(), *args)
+            found = backend.compiled(function)(self.state(), self.data.first(), *args)
+            return self.data.over_processes(found, 1)
 
     def outline(self, function: Callable[..., Any], *args: Any) -> backend.Outline:
         """What is known of `function(state, batch, *args)` before it runs."""

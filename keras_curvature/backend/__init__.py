@@ -55,10 +55,12 @@ on = _backend.on
 outline = _backend.outline
 place_of = _backend.place_of
 placed = _backend.placed
+process = _backend.process
 random_state_at_rest = _backend.random_state_at_rest
 record = _backend.record
 signs = _backend.signs
 sum_chunks = _backend.sum_chunks
+sum_over_processes = _backend.sum_over_processes
 sum_range = _backend.sum_range
 twice_differentiable = _backend.twice_differentiable
 values = _backend.values
@@ -93,10 +95,12 @@ __all__ = [
     "outline",
     "place_of",
     "placed",
+    "process",
     "random_state_at_rest",
     "record",
     "signs",
     "sum_chunks",
+    "sum_over_processes",
     "sum_range",
     "twice_differentiable",
     "values",

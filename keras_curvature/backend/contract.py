@@ -40,6 +40,8 @@ Conventions:
 | `on(place)` | context in which new tensors are made there; `None` for anywhere |
 | `placed(x, place)` | `x` as a tensor in that place; spread over the devices as `fit` spreads its data where a distribution says so |
 | `num_replicas()` | by what Keras divides a loss in the present scope, or 1 |
+| `process()` | the number of this process and of all that were set up to work together; `None` unless the framework lets each have data of its own |
+| `sum_over_processes(x)` | the sum of what all of them pass, the same in each |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
 | `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |

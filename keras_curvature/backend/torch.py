@@ -45,10 +45,12 @@ __all__ = [
     "outline",
     "place_of",
     "placed",
+    "process",
     "random_state_at_rest",
     "record",
     "signs",
     "sum_chunks",
+    "sum_over_processes",
     "sum_range",
     "twice_differentiable",
     "values",
@@ -226,6 +228,21 @@ def placed(x: Any, place: torch.device | None) -> Tensor:
 def num_replicas() -> int:
     """See the contract."""
     return 1
+
+
+def process() -> tuple[int, int] | None:
+    """See the contract."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """See the contract."""
+    total = x.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 # Random numbers

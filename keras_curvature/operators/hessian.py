@@ -64,6 +64,9 @@ class HessianOperator:
             over samples the result is the same; others give the mean over the
             chunks, weighted by size, and a warning, as several batches of a data set
             do.
+        across_processes: whether the mean goes over the data of all processes of
+            `torch.distributed`, each of which passes its own part and makes the same
+            calls. Defaults to `False`.
         hvp: `"tape"` (exact) or `"finite_difference"`: central differences of the
             gradient, for operations without a second derivative. Their relative
             error is about 1e-4 to 1e-3 in float32 and 1e-9 in float64, and large
@@ -95,11 +98,13 @@ class HessianOperator:
         variables: Sequence[Any] | None = None,
         training: bool | None = None,
         batch_size: int | None = None,
+        across_processes: bool = False,
         hvp: str = "tape",
         jit_compile: bool = False,
     ):
         _check_hvp(hvp)
         self._class_weight = class_weight
+        self._across_processes = across_processes
         known = variables if variables is not None else getattr(model, "weights", [])
         data = self._data(known, x, y, sample_weight, batch_size)
         loss = TrainingLoss(
@@ -180,6 +185,7 @@ class HessianOperator:
             class_weight=self._class_weight,
             batch_size=batch_size,
             place=backend.place_of(variables[0]) if variables else None,
+            across_processes=self._across_processes,
         )
 
     def set_data(

@@ -1,0 +1,64 @@
+"""Several processes of `torch.distributed`, each with its share of the data."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import cases
+import keras
+import numpy as np
+import pytest
+
+import keras_curvature as kc
+
+only_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="PyTorch's own"
+)
+TESTS = pathlib.Path(__file__).parent.parent
+
+
+def free_address():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+@only_torch
+def test_two_processes_find_what_one_finds(tmp_path):
+    sys.path.insert(0, str(TESTS / "operators"))
+    try:
+        import processes_work
+    finally:
+        sys.path.pop(0)
+    address = free_address()
+    paths = [tmp_path / f"{rank}.npz" for rank in range(2)]
+    work = TESTS / "operators" / "processes_work.py"
+    running = [
+        subprocess.Popen(
+            [sys.executable, work, str(rank), "2", address, paths[rank]],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, [TESTS, *sys.path])),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    model, x, y = processes_work.network()
+    expected = processes_work.figures(kc.HessianOperator(model, x, y, batch_size=2))
+    first, second = map(np.load, paths)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_allclose(first[name], value, rtol=2e-4, atol=1e-6)
+
+
+def test_processes_that_were_not_set_up_are_refused():
+    model, x, y, *_ = cases.mlp_gelu()
+    with pytest.raises(ValueError, match="torch.distributed.init_process_group"):
+        kc.HessianOperator(model, x, y, across_processes=True)
