@@ -112,7 +112,7 @@ class ProbeData:
             if room < 0:
                 break
             kept.append(self._ready(batch))
-        _tell_if_moved(source, large.digests)
+        _tell_if_moved(source, tuple(large.digests))
         if room >= 0 and not kept:
             raise ValueError(
                 "The probe data set gives no batch: it is empty, or can be read only "
@@ -352,10 +352,10 @@ class _Large:
 
 
 #: What data sets gave when they were read last, by their ids as long as they live.
-_digests_of: dict[int, list[int]] = {}
+_digests_of: dict[int, tuple[int, ...]] = {}
 
 
-def _tell_if_moved(source: Any, digests: list[int]) -> None:
+def _tell_if_moved(source: Any, digests: tuple[int, ...]) -> None:
     """Warns of a data set that gave other batches when it was read before."""
     if id(source) not in _digests_of:
         weakref.finalize(source, _digests_of.pop, id(source), None).atexit = False
