@@ -95,7 +95,7 @@ def train(optimizer, log_dir, epochs, update_freq=6):
 # What is printed
 
 
-def sparkline(values, width=24):
+def sparkline(values, width):
     """A curve of one line, from its own lowest value to its highest."""
     places = np.linspace(0, len(values) - 1, min(width, len(values)))
     values = np.interp(places, np.arange(len(values)), values)
@@ -108,10 +108,12 @@ def print_run(name, monitor, history):
     """One line about a run, and its largest eigenvalue as a curve."""
     last = monitor.history[-1]
     eigenvalues = [r["hessian_max_eigenvalue"] for r in monitor.history]
+    bound = last["hessian_max_eigenvalue_error"]
+    last_eigenvalue = f"{eigenvalues[-1]:.1f} ± {bound:.1f}"
     print(
         f"  {name:<16}{history['val_accuracy'][-1]:>8.1%}{last['loss']:>9.4f}"
         f"{figure(last, 'trace'):>15}{figure(last, 'frobenius_norm'):>15}"
-        f"{eigenvalues[-1]:>7.1f} {sparkline(eigenvalues)}",
+        f"{last_eigenvalue:>14} {sparkline(eigenvalues, 16)}",
         flush=True,
     )
 

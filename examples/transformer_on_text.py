@@ -120,7 +120,8 @@ def draw(history, eigenvalues, path):
 
     # Adam has no preconditioner before its first step.
     key = "hessian_preconditioned_max_eigenvalue"
-    seen = np.array([record[key] for record in history[1:]])
+    # None where four products had not found it yet, which leaves a gap.
+    seen = np.array([record[key] for record in history[1:]], float)
     bound = np.array([record[f"{key}_error"] for record in history[1:]])
     limits = [record["stability_threshold"] for record in history]
     axes[1, 0].plot(step[1:], seen, color=plots.ORANGE, label="λ_A ± its bound")

@@ -49,9 +49,9 @@ def plot_history(
     """Draws figures over the steps of training, with bands for their errors.
 
     The band is two standard errors wide on either side for trace and norm, and the
-    bound from the residual for the eigenvalue, which is drawn against 2 / learning
-    rate: plain gradient descent is stable below it. A limit far above the curve is
-    named in the legend and left out of view.
+    bound from the residual for the eigenvalue. Where training is plain gradient
+    descent, the eigenvalue is drawn against 2 / learning rate, below which it is
+    stable. A limit far above the curve is named in the legend and left out of view.
 
     Args:
         monitor_or_history: a `CurvatureMonitor`, or its `history`.
@@ -212,7 +212,7 @@ def _draw_figure(ax, name, records, options):
         band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
         ax.fill_between(step, value - error, value + error, **band)
     if name == "max_eigenvalue":
-        _draw_limit(ax, line, step, value, _column(records, "learning_rate"))
+        _draw_limit(ax, line, step, value, _column(records, "two_over_learning_rate"))
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.set_xlabel("step")
     _plain(ax)
@@ -220,9 +220,7 @@ def _draw_figure(ax, name, records, options):
         _legend(ax)
 
 
-def _draw_limit(ax, line, step, value, learning_rate):
-    with np.errstate(divide="ignore"):
-        limit = 2 / learning_rate
+def _draw_limit(ax, line, step, value, limit):
     if not np.isfinite(limit).any():
         return
     style = {"linestyle": "--", "color": line.get_color(), "linewidth": 1}

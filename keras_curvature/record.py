@@ -259,7 +259,10 @@ def one_line(record):
         value = record.get(f"hessian_{name}")
         if value is None:
             return ""
-        error = record.get(f"hessian_{name}_standard_error")
+        # An eigenvalue has a bound, the others a standard error.
+        error = record.get(
+            f"hessian_{name}_standard_error", record.get(f"hessian_{name}_error")
+        )
         return f" - {label} {value:.4g}" + (f" ± {error:.2g}" if error else "")
 
     return (
@@ -268,4 +271,5 @@ def one_line(record):
         + figure("frobenius_norm", "norm")
         + figure("max_eigenvalue", "max eigenvalue")
         + f" - {record['seconds']:.2f}s"
+        + (f" - overhead {record['overhead']:.0%}" if "overhead" in record else "")
     )

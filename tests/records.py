@@ -44,6 +44,7 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
         "loss": 2.3 * math.exp(-step / 700) + 0.1,
         "mode": MODE,
         "learning_rate": learning_rate,
+        "two_over_learning_rate": limit,
         "hessian_trace": trace,
         "hessian_trace_standard_error": 0.04 * trace,
         "hessian_frobenius_norm": 1.6 * sharpness,

@@ -17,7 +17,7 @@ def record(step, rate=0.1):
     return {
         "step": step,
         "loss": 1 / (1 + step),
-        "learning_rate": rate,
+        "two_over_learning_rate": rate and 2 / rate,
         "hessian_trace": 5.0 + step,
         "hessian_trace_standard_error": 0.5,
         "hessian_frobenius_norm": 3.0 + step,
@@ -89,12 +89,14 @@ def test_history_names_a_limit_that_is_far_above():
 
 
 def test_history_leaves_gaps_where_nothing_is_known():
-    first = {**record(0), "hessian_max_eigenvalue": None, "learning_rate": None}
+    first = {**record(0, None), "hessian_max_eigenvalue": None}
     ax = plots.plot_history([first, record(10)], "max_eigenvalue")
     np.testing.assert_array_equal(curve(ax), [np.nan, 11])
     np.testing.assert_array_equal(curve(ax, 1), [np.nan, 20])
-    alone = [{**record(s), "learning_rate": None} for s in STEPS]
-    assert len(plots.plot_history(alone, "max_eigenvalue").lines) == 1
+    # Another optimizer than gradient descent has a learning rate, but not this limit.
+    adam = [{**record(s, None), "learning_rate": 0.1} for s in STEPS]
+    ax = plots.plot_history(adam, "max_eigenvalue")
+    assert len(ax.lines) == 1 and ax.get_legend() is None
 
 
 def test_history_checks_its_arguments():

@@ -230,11 +230,13 @@ def test_one_line():
             "hessian_trace_standard_error": 0.0,
             "hessian_frobenius_norm": 27.77,
             "hessian_frobenius_norm_standard_error": 0.2134,
-            "hessian_max_eigenvalue": 16.92,
+            "hessian_max_eigenvalue": 0.29,
+            "hessian_max_eigenvalue_error": 1.07,
+            "overhead": 0.081,
         }
     )
     assert line == (
         "curvature at step 40 - trace 81.03 - norm 27.77 ± 0.21 - "
-        "max eigenvalue 16.92 - 0.12s"
+        "max eigenvalue 0.29 ± 1.1 - 0.12s - overhead 8%"
     )
     assert record.one_line({"step": 0, "seconds": 1}) == "curvature at step 0 - 1.00s"

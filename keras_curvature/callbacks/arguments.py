@@ -28,6 +28,7 @@ def check_arguments(
     spectral_density,
     max_overhead,
     on_error,
+    verbose,
     options,
 ):
     """Refuses arguments of the monitor that make no sense.
@@ -36,8 +37,8 @@ def check_arguments(
         ValueError: naming the argument, what it must be and what was received.
     """
     check(
-        update_freq == "epoch" or is_count(update_freq, 1),
-        'must be a positive number of batches, or "epoch"',
+        update_freq in ("auto", "epoch") or is_count(update_freq, 1),
+        'must be a positive number of batches, "auto" or "epoch"',
         update_freq=update_freq,
     )
     check(
@@ -71,6 +72,7 @@ def check_arguments(
         max_overhead=max_overhead,
     )
     check(on_error in ("warn", "raise"), 'must be "warn" or "raise"', on_error=on_error)
+    check(verbose in (0, 1, "auto"), 'must be 0, 1 or "auto"', verbose=verbose)
     check(is_count(seed, 0), "must be a non-negative integer", seed=seed)
     check(
         log_dir is None or isinstance(log_dir, (str, os.PathLike)),

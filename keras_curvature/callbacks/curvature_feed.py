@@ -1,10 +1,6 @@
 """`CurvatureFeed`: the monitor with the settings that suit an optimizer."""
 
-import keras
-import numpy as np
-from keras import ops, tree
-
-from keras_curvature.callbacks.arguments import check, is_count
+from keras_curvature.callbacks.batches import RandomRows
 from keras_curvature.callbacks.curvature_monitor import CurvatureMonitor
 
 
@@ -14,7 +10,8 @@ class CurvatureFeed(CurvatureMonitor):
     A `CurvatureMonitor` that measures what `DiagonalNewton` needs and nothing else:
     one random sample of the Hessian's diagonal, each time on another batch of the
     training data. A sample costs about two gradients of its batch, and the optimizer
-    averages them.
+    averages them. Rows and random directions are functions of the seed and the step: a
+    training that was saved and goes on steps as if it had never stopped.
 
     ```python
     model.compile(optimizer=kc.DiagonalNewton(), loss="mse")
@@ -24,7 +21,8 @@ class CurvatureFeed(CurvatureMonitor):
     Args:
         train_data: what `fit` trains on: `(x, y)` or `(x, y, sample_weight)` of arrays
             or nested structures, of which each probe takes random rows; or a data
-            set, of which each probe takes the next batch.
+            set, of which each probe takes the next batch (and begins with the first
+            when training is resumed).
         update_freq: number of training batches between probes. Defaults to `100`.
         batch_size: number of samples in a probe; only for arrays. Defaults to `32`.
         diagonal: method for the diagonal, as in `hessian_diagonal`.
@@ -48,8 +46,7 @@ class CurvatureFeed(CurvatureMonitor):
         seed: int = 0,
         **arguments,
     ):
-        if isinstance(train_data, (tuple, list)):
-            train_data = _RandomRows(train_data, batch_size, seed)
+        arrays = isinstance(train_data, (tuple, list))
         settings = {"num_matvecs": 0, "preconditioned": False, "histograms": False}
         super().__init__(
             train_data,
@@ -57,34 +54,8 @@ class CurvatureFeed(CurvatureMonitor):
             seed=seed,
             diagonal=diagonal,
             diagonal_samples=diagonal_samples,
-            fresh_batches=True,
+            fresh_batches=not arrays,
             **(settings | arguments),
         )
-
-
-class _RandomRows(keras.utils.PyDataset):
-    """Random rows of arrays, without end; batch i is a function of the seed and i."""
-
-    def __init__(self, data, size, seed):
-        super().__init__()
-        check(
-            is_count(size, 1), "must be a positive number of samples", batch_size=size
-        )
-        self._arrays = tree.map_structure(ops.convert_to_numpy, tuple(data))
-        counts = {len(a) for a in tree.flatten(self._arrays)}
-        if len(counts) != 1 or 0 in counts:
-            raise ValueError(
-                "All arrays in `train_data` must have the same number of samples, and "
-                f"at least one. Received: {sorted(counts)} samples."
-            )
-        (self._count,) = counts
-        self._size, self._seed = min(size, self._count), seed
-
-    @property
-    def num_batches(self):
-        """None: it never ends."""
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng([self._seed, index])
-        rows = rng.choice(self._count, self._size, replace=False)
-        return tree.map_structure(lambda a: a[rows], self._arrays)
+        if arrays:
+            self._batches_of = RandomRows(train_data, batch_size, self.seed)

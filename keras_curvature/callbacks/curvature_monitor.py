@@ -8,25 +8,39 @@ import keras
 
 from keras_curvature import backend, keras_internals
 from keras_curvature import record as records
-from keras_curvature.callbacks.arguments import check_arguments, unpacked
+from keras_curvature.callbacks.arguments import (
+    check,
+    check_arguments,
+    is_count,
+    unpacked,
+)
+from keras_curvature.callbacks.batches import NextBatches, RandomRows
 from keras_curvature.callbacks.failures import Failures, about_data, reason
 from keras_curvature.callbacks.hand_over import (
+    batches_per_step,
+    last_delivery,
     learning_rate,
     number,
     optimizer_figures,
-    step,
+    optimizer_of,
+    steps_taken,
+    takes_curvature,
 )
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
-from keras_curvature.data import endless_batches
+from keras_curvature.callbacks.sharpness import limit_of_gradient_descent
 from keras_curvature.operators import HessianOperator
 from keras_curvature.tensorboard.writer import CurvatureWriter
+
+#: What `update_freq="auto"` stands for: batches between probes, at least, and the share
+#: of the time that probes may take.
+AUTO_FREQ, AUTO_OVERHEAD = 100, 0.1
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
     """Watches the Hessian of the training loss while `fit` runs.
 
-    Before the first step and every `update_freq` batches it computes the Hessian's
+    Before the first step and every hundred batches or so it computes the Hessian's
     trace, Frobenius norm, largest eigenvalue and diagonal on the probe data, without
     disturbing training in any way: a run with the monitor is bit for bit the run
     without it.
@@ -39,21 +53,28 @@ class CurvatureMonitor(keras.callbacks.Callback):
     ```
 
     An optimizer that takes curvature (`DiagonalNewton`) is handed the diagonal at
-    each probe; nothing has to be wired. A failing probe never stops training.
+    each probe; nothing has to be wired. A failing probe never stops training. Loops of
+    your own call `probe`.
+
+    Where to probe, and along which random directions the diagonal is sampled, depends
+    on the step and the seed alone. So several `fit`s are as one, and a training that is
+    resumed (`BackupAndRestore`, a saved model) goes on with the probes that it would
+    have had. What was recorded beyond the step that training was taken back to goes.
 
     Each entry of `history` is a flat dictionary:
 
     | key | meaning |
     |---|---|
-    | `step`, `epoch` | `optimizer.iterations` and epoch at the probe |
+    | `step`, `epoch` | `optimizer.iterations` (or batches so far, where no optimizer counts) and epoch at the probe |
     | `loss` | training loss on the probe data |
     | `mode` | how the layers ran: as in `"training without noise"`, `"inference"` or `"training"`, and how many samples BatchNormalization took its statistics of |
     | `learning_rate` | of the optimizer at that step |
+    | `two_over_learning_rate` | the eigenvalue above which plain gradient descent is unstable, `None` for other optimizers |
     | `hessian_trace`, `hessian_frobenius_norm` | the figures |
     | `hessian_max_eigenvalue` | largest eigenvalue |
     | `…_standard_error` | their standard errors, `None` if unknown |
     | `hessian_max_eigenvalue_error` | norm of the eigenvalue's residual |
-    | `hessian_preconditioned_max_eigenvalue` | largest eigenvalue that the optimizer sees |
+    | `hessian_preconditioned_max_eigenvalue` | largest eigenvalue that the optimizer sees; `None` until its bound, `…_error`, is below it |
     | `stability_threshold` | the curvature above which the optimizer is unstable |
     | `seconds`, `num_matvecs` | what the probe cost |
     | `overhead` | share of the time that probes have taken so far, compilation apart |
@@ -70,9 +91,14 @@ class CurvatureMonitor(keras.callbacks.Callback):
         probe_data: `(x, y)` or `(x, y, sample_weight)` of arrays or nested
             structures, a `tf.data.Dataset` or a `keras.utils.PyDataset`. The loss is
             averaged over all of it at every probe.
-        update_freq: number of training batches between probes, or `"epoch"`.
-        log_dir: event files are written to `<log_dir>/curvature`. Defaults to `None`,
-            which writes none.
+        update_freq: number of training batches between probes, which is kept exactly,
+            or `"epoch"`. Defaults to `"auto"`: every 100 batches, and at fewer of their
+            multiples where probes would take more than a tenth of the time
+            (`max_overhead=0.1`). With an optimizer that takes curvature it is every
+            100 batches, so that training does not depend on the clock.
+        log_dir: event files are written to `<log_dir>/curvature`, or to `curvature_2`
+            and so on where another training is in it already. Two monitors need a
+            directory each. Defaults to `None`, which writes none.
         seed: seed of the random directions.
         num_matvecs: matrix-vector products per probe for trace, norm and eigenvalue;
             0 leaves them out.
@@ -93,13 +119,16 @@ class CurvatureMonitor(keras.callbacks.Callback):
         max_overhead: share of the wall-clock time that probes may take, such as
             0.05. Then `update_freq` is the least number of batches between probes;
             they are spaced, and get fewer products, as the clock demands. The time
-            to compile the first probe is not counted.
+            to compile the first probe is not counted. Defaults to `None`: no limit,
+            except for `update_freq="auto"`.
         fresh_batches: whether each probe takes the next batch of a data set instead
             of all of it; the data set may be endless. Defaults to `False`.
         histograms: whether histograms of the diagonal are written.
         per_variable: whether event files hold figures by variable besides layers.
         on_error: `"warn"` to go on after a failed probe, or `"raise"`.
-        verbose: 1 prints a line per probe.
+        verbose: `1` prints a line per probe, `0` nothing. Defaults to `"auto"`: one
+            line before the first probe, which takes long to compile, unless `fit`
+            itself is silent.
         **options: further arguments of `HessianOperator`: `class_weight`, `loss_fn`,
             `variables`, `training`, `batch_size`, `hvp`, `jit_compile`.
 
@@ -111,7 +140,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     def __init__(
         self,
         probe_data,
-        update_freq: int | str = 100,
+        update_freq: int | str = "auto",
         log_dir: str | os.PathLike | None = None,
         seed: int = 0,
         *,
@@ -125,7 +154,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         histograms: bool = True,
         per_variable: bool = False,
         on_error: str = "warn",
-        verbose: int = 0,
+        verbose: bool | str = "auto",
         **options,
     ):
         super().__init__()
@@ -139,13 +168,14 @@ class CurvatureMonitor(keras.callbacks.Callback):
             spectral_density=spectral_density,
             max_overhead=max_overhead,
             on_error=on_error,
+            verbose=verbose,
             options=options,
         )
         self.update_freq = update_freq
         self.log_dir = log_dir
         self.seed = int(seed)
         self.history: list = []
-        self.verbose = verbose
+        self.verbose = verbose if verbose == "auto" else bool(verbose)
         self._probe_data = unpacked(probe_data)
         self._num_matvecs = num_matvecs
         self._measurement = Measurement(
@@ -158,20 +188,26 @@ class CurvatureMonitor(keras.callbacks.Callback):
             histograms,
             per_variable,
         )
-        least = 1 if update_freq == "epoch" else update_freq
-        self._pace = Pace(max_overhead, least, num_matvecs)
-        self._batches = None
+        # The number of batches between probes, `None` for whole epochs.
+        named: dict = {"auto": AUTO_FREQ, "epoch": None}
+        self._every: int | None = named.get(update_freq, update_freq)
+        self._max_overhead = max_overhead
+        self._pace = Pace(max_overhead, self._every or 1, num_matvecs)
+        self._batches_of: NextBatches | RandomRows | None = None
         if fresh_batches:
-            self._batches = endless_batches(*self._probe_data)
+            self._batches_of = NextBatches(*self._probe_data)
+        self._data_of = None  # The step whose batch the operator has.
         self._failures = Failures(on_error)
         self._options = options
         self._writer = CurvatureWriter(log_dir, per_variable) if log_dir else None
         self._operator = None
         self._operator_of = None
+        self._renewed = False  # The operator, since the last training began.
+        self._announced = False
         self._starting = False
-        self._used = True
-        self._batches_before_epoch = 0
-        self._batches_seen = 0
+        self._run = 0  # Where the records of the present training begin.
+        self._batches = 0  # Of training so far,
+        self._batch = 0  # and of the epoch.
         self._epoch = 0
 
     def __repr__(self):
@@ -186,34 +222,31 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Checks the probe data, and makes the operator and the optimizer ready."""
-        self._starting = self._prepare() or not self.history
+        self._prepare()
+        self._starting = True
         self._pace.start()
-        if not self._starting:
-            # A further `fit` that goes on where the last probe was.
-            self._starting = self.history[-1]["step"] != self._step()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Probes before the first step."""
         self._epoch = epoch
-        self._batches_before_epoch = self._batches_seen
         # Not when training begins: callbacks may load weights then (BackupAndRestore).
         if self._starting:
             self._starting = False
-            self._probe()
+            with self._failures.survived(lambda: "The first curvature probe"):
+                self._start()
 
     def on_train_batch_end(self, batch, logs=None):
         """Probes when a multiple of `update_freq` batches was reached or passed."""
         # One call per execution: with steps_per_execution=4 the batches are 3, 7, … and
         # may end beyond the last of an epoch.
-        done = min(batch + 1, self.params.get("steps") or batch + 1)
-        seen, self._batches_seen = (
-            self._batches_seen,
-            self._batches_before_epoch + done,
-        )
-        self._pace.trained(self._batches_seen - seen)
-        if self.update_freq != "epoch":
-            if seen // self.update_freq != self._batches_seen // self.update_freq:
-                self._probe()
+        done = min(batch + 1, self._params("steps") or batch + 1)
+        # They begin anew with each epoch; in a loop of one's own perhaps not.
+        new = done - self._batch if done > self._batch else done
+        self._batch = done
+        seen, self._batches = self._batches, self._batches + new
+        self._pace.trained(new)
+        if self._passed(seen):
+            self._probe()
 
     def on_epoch_end(self, epoch, logs=None):
         """Probes if asked for, and adds the last figures to the logs."""
@@ -232,9 +265,107 @@ class CurvatureMonitor(keras.callbacks.Callback):
             with self._failures.survived(lambda: "Closing the event file"):
                 self._writer.close()
 
+    def probe(self, step: int | None = None) -> dict | None:
+        """Looks at the curvature now, for training loops of one's own.
+
+        Writes the same records and event files as probes of `fit`, and hands the
+        diagonal to an optimizer that takes it.
+
+        ```python
+        monitor.set_model(model)
+        for step, (x, y) in enumerate(batches):
+            if step % 100 == 0:
+                monitor.probe(step)
+            ...                                # a step of training
+        monitor.on_train_end()                 # draws the last image
+        ```
+
+        A step before that of the last record tells that training was taken back: the
+        records from there on go, as they do when `fit` is resumed.
+
+        Args:
+            step: the number of steps taken so far. Defaults to the optimizer's
+                count; needed where that stands still, or there is no optimizer.
+
+        Returns:
+            The record, also the last one in `history`; `None` if the probe failed,
+            of which a warning tells.
+
+        Raises:
+            ValueError: for a step that is no count, a model that was not set, or
+                probe data that does not fit it.
+        """
+        check(
+            step is None or is_count(step, 0),
+            "must be the number of steps taken so far",
+            step=step,
+        )
+        if self.model is None:
+            raise ValueError(
+                "A monitor needs a model to probe. In a loop of your own call "
+                "`monitor.set_model(model)` first, or make a "
+                "`keras.callbacks.CallbackList([monitor], model=model)`. "
+                "Received: no model."
+            )
+        if self._prepare():
+            self._pace.start()
+        step = self._step() if step is None else int(step)
+        run = self.history[self._run :]
+        last = run[-1]["step"] if run else -1
+        if self._renewed or step < last:
+            self._go_on(step if step == 0 else step - 1, anew=step == 0)
+        self._pace.trained(max(step - max(last, 0), 0))
+        return self._attempt(step)
+
     def _figures(self):
-        norm = "hessian_frobenius_norm", "hessian_max_eigenvalue"
+        norm = (
+            "hessian_frobenius_norm",
+            "hessian_max_eigenvalue",
+            "hessian_max_eigenvalue_error",
+        )
         return "hessian_trace", *(norm if self._num_matvecs else ())
+
+    def _start(self):
+        """Finds the place in training, and probes if that was not done there before."""
+        taken, each = steps_taken(self.model), batches_per_step(self.model)
+        # An optimizer that never counts a step (a model with several) tells nothing.
+        if self._renewed or (taken and taken != self._batches // each):
+            self._batches = taken * each
+        step = self._step()
+        last = self._go_on(step, anew=self._renewed)
+        if self._measurement.delivers:
+            # An optimizer is saved with what it took in, a monitor is not.
+            delivered = last_delivery(self.model)
+            last = last if delivered is None else delivered
+        if last is None or (last != step and self._passed(last * each)):
+            self._probe()
+
+    def _passed(self, batches):
+        """Whether a multiple of `update_freq` lies behind that many, up to now."""
+        every = self._every
+        return every is not None and batches // every != self._batches // every
+
+    def _go_on(self, step, anew):
+        """Makes the records go on from a step; returns the step of the last one.
+
+        Args:
+            step: records beyond it are of a training that was taken back, and go.
+            anew: whether it may be another training than that of the records.
+        """
+        self._renewed = False
+        if anew and step == 0:
+            self._run = len(self.history)
+        while len(self.history) > self._run and self.history[-1]["step"] > step:
+            self.history.pop()
+        last = self.history[-1]["step"] if len(self.history) > self._run else None
+        if self._writer is not None:
+            with self._failures.survived(lambda: f"Going on with {self.log_dir}"):
+                before = self._writer.directory
+                written = self._writer.begin(step, anew)
+                if self._writer.directory != before:
+                    self._say(f"writing to {self._writer.directory}: {before} is taken")
+                last = written if last is None else last
+        return last
 
     # What
 
@@ -258,9 +389,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
         known = self._operator_of
         if known is not None and list(map(id, known)) == list(map(id, of)):
             return False
-        self._operator, self._operator_of, self._used = None, None, False
+        self._operator, self._operator_of = None, None
+        self._renewed = True
         try:
-            data = self._probe_data if self._batches is None else self._next_batch()
+            data = self._data_at(self._step())
             self._operator = HessianOperator(model, *data, **self._options)
             self._operator.loss()
         except Exception as error:
@@ -274,35 +406,44 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 with self._failures.survived(lambda: "Looking at the model"):
                     raise
         self._measurement.renew()
+        self._announced = False
         # Building may have created the variables.
         self._operator_of = (*of[:2], *model.trainable_variables)
         keras_internals.build_optimizer(model)
+        if self.update_freq == "auto" and self._max_overhead is None:
+            # What training depends on must not depend on the clock.
+            needed = self._measurement.delivers and takes_curvature(model)
+            self._pace.share = None if needed else AUTO_OVERHEAD
         return True
 
-    def _next_batch(self):
-        try:
-            return next(self._batches)
-        except Exception:
-            # A generator that failed gives nothing ever after.
-            self._batches = endless_batches(*self._probe_data)
-            raise
+    def _data_at(self, step):
+        """The probe data of a step."""
+        if self._batches_of is None:
+            return self._probe_data
+        self._data_of = step
+        return self._batches_of.at(step)
 
     def _probe(self):
-        if self._operator is None or not self._pace.due():
-            return
+        if self._operator is not None and self._pace.due():
+            self._attempt(self._step())
+
+    def _attempt(self, step):
+        """Looks, keeps the record and tells of it; returns it, or `None`."""
+        if self._operator is None:
+            return None
         traces = backend.num_traces()
+        record = None
         try:
-            self._attempt()
+            with self._failures.survived(lambda: f"The curvature probe at step {step}"):
+                record = self._look(step)
+                self.history.append(record)
+            if record is not None:
+                self._tell(record)
         finally:
             self._pace.probed(compiled=backend.num_traces() != traces)
-
-    def _attempt(self):
-        with self._failures.survived(
-            lambda: f"The curvature probe at step {self._step()}"
-        ):
-            record = self._look()
-            self.history.append(record)
-            self._tell(record)
+        if self._pace.advice is not None:
+            self._failures.tell(self._pace.advice, "advice")
+        return record
 
     def _tell(self, record):
         if not records.is_finite(record):
@@ -311,38 +452,61 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 "diverged, or does the loss overflow?",
                 "not finite",
             )
-        if self.verbose:
+        if self.verbose is True:
             self._print(records.one_line(record))
         if self._writer is not None:
-            self._writer.write(record)
+            with self._failures.survived(
+                lambda: f"Writing the figures of step {record['step']} for TensorBoard"
+            ):
+                self._writer.write(record)
+
+    def _say(self, text):
+        """Prints a line where training prints lines too, or if asked for."""
+        if self.verbose is True or (self.verbose and self._params("verbose") != 0):
+            self._print(f"curvature: {text}")
 
     def _print(self, line):
-        if self.params.get("verbose") in (1, "auto"):
+        if self._params("verbose") in (1, "auto"):
             # Over Keras' progress bar, which is drawn again below.
             clear = "\r\x1b[2K" if sys.stdout.isatty() else "\r"
             line = clear + line.ljust(0 if sys.stdout.isatty() else 110)
         print(line, flush=True)
 
-    def _look(self):
+    def _look(self, step):
         start = time.perf_counter()
         # Read first: in mid-epoch on JAX the variables are empty until Keras is asked
         # for the model, which is when it brings their values from the training step.
         model, operator = self.model, self._operator
-        if self._batches is not None and self._used:
-            operator.set_data(*self._next_batch())
-        self._used = True
+        if not self._announced:
+            self._announced = True
+            self._say(
+                f"compiling the first probe ({operator.shape[0]:,} parameters). A "
+                f"probe takes {self._measurement.cost()}: each about two gradients of "
+                "the probe data"
+            )
+        if self._batches_of is not None and self._data_of != step:
+            operator.set_data(*self._data_at(step))
         record = {
-            "step": self._step(),
+            "step": step,
             "epoch": self._epoch,
             "loss": number(operator.loss()).item(),
             "mode": records.mode_of(operator),
             "learning_rate": learning_rate(model),
+            "two_over_learning_rate": limit_of_gradient_descent(optimizer_of(model)),
         }
-        record.update(self._measurement.take(model, operator, self._pace.num_matvecs))
+        record.update(
+            self._measurement.take(model, operator, self._pace.num_matvecs, step)
+        )
         record["optimizer"] = optimizer_figures(model)
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead
         return record
 
     def _step(self):
-        return step(self.model)
+        """The optimizer's count of its steps; ours, where it has none."""
+        model = self.model
+        return steps_taken(model) or self._batches // batches_per_step(model)
+
+    def _params(self, name):
+        """A parameter of `fit`; `None` in other loops."""
+        return (self.params or {}).get(name)

@@ -8,6 +8,7 @@ record, `preconditioner()` and `stability_threshold()` tell what `sharpness` nee
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def hand_over(model: Any, operator: HessianOperator, flat: Tensor) -> None:
         operator: the operator that the diagonal is of.
         flat: the diagonal, `(P,)`.
     """
-    takers = _takers(model.optimizer)
+    takers = _takers(optimizer_of(model))
     if not takers:
         return
     split = _splitter(operator.evaluation.loss.layout)
@@ -59,10 +60,40 @@ def optimizer_figures(model: Any) -> dict[str, float]:
     Args:
         model: the Keras model that trains.
     """
-    for optimizer in _takers(model.optimizer):
+    for optimizer in _takers(optimizer_of(model)):
         if hasattr(optimizer, "statistics"):
             return dict(optimizer.statistics())
     return {}
+
+
+def takes_curvature(model: Any) -> bool:
+    """Whether training depends on the curvature that is measured.
+
+    Args:
+        model: the Keras model that trains.
+    """
+    return bool(_takers(optimizer_of(model)))
+
+
+def last_delivery(model: Any) -> int | None:
+    """The step at which the optimizer took in a diagonal; `None` if it took none.
+
+    Saved with the optimizer, so that a training that is resumed knows it too.
+
+    Args:
+        model: the Keras model that trains.
+    """
+    age = optimizer_figures(model).get("curvature_age", math.nan)
+    return None if math.isnan(age) else steps_taken(model) - int(age)
+
+
+def optimizer_of(model: Any) -> Any:
+    """The optimizer of a model, `None` for one that was not compiled.
+
+    Args:
+        model: a Keras model.
+    """
+    return getattr(model, "optimizer", None)
 
 
 def learning_rate(model: Any) -> float | None:
@@ -71,17 +102,27 @@ def learning_rate(model: Any) -> float | None:
     Args:
         model: the Keras model that trains.
     """
-    rate = getattr(model.optimizer, "learning_rate", None)
+    rate = getattr(optimizer_of(model), "learning_rate", None)
     return None if rate is None else float(number(rate))
 
 
-def step(model: Any) -> int:
-    """The number of steps taken so far.
+def steps_taken(model: Any) -> int:
+    """The number of steps that the optimizer has counted; 0 without one.
 
     Args:
         model: the Keras model that trains.
     """
-    return 0 if model.optimizer is None else int(number(model.optimizer.iterations))
+    optimizer = optimizer_of(model)
+    return 0 if optimizer is None else int(number(optimizer.iterations))
+
+
+def batches_per_step(model: Any) -> int:
+    """The number of batches whose gradients the optimizer averages into a step.
+
+    Args:
+        model: the Keras model that trains.
+    """
+    return getattr(optimizer_of(model), "gradient_accumulation_steps", None) or 1
 
 
 def number(scalar: Any) -> Any:

@@ -3,7 +3,11 @@
 import numpy as np
 
 from keras_curvature import record as records
-from keras_curvature.analysis import diagonal_moments, has_layers
+from keras_curvature.analysis import (
+    AFFORDABLE_MATVECS,
+    diagonal_moments,
+    has_layers,
+)
 from keras_curvature.callbacks.hand_over import hand_over
 from keras_curvature.callbacks.sharpness import Sharpness
 from keras_curvature.estimators import DominantSubspace, spectral_density
@@ -49,22 +53,28 @@ class Measurement:
         self._sharpness = Sharpness(seed) if preconditioned and num_matvecs else None
         self._probes = 0
 
+    @property
+    def delivers(self):
+        """Whether the optimizer is handed the diagonal."""
+        return self._diagonal is not None
+
     def renew(self):
         """Forgets what was learnt about the cost of the diagonal: another operator."""
         self._method = self._diagonal
 
-    def take(self, model, operator, num_matvecs):
+    def take(self, model, operator, num_matvecs, step):
         """The figures for a record; the optimizer is handed the diagonal.
 
         Args:
             model: the Keras model that trains.
             operator: the `HessianOperator` on the probe data.
             num_matvecs: products for trace, norm and eigenvalue this time.
+            step: the step of training, which decides the random directions of the
+                diagonal.
         """
-        self._probes += 1
         spent, diagonal, subspace = 0, None, None
         if self._diagonal is not None:
-            diagonal = self._estimate_diagonal(operator)
+            diagonal = self._estimate_diagonal(operator, step)
             spent += diagonal.num_matvecs
             hand_over(model, operator, diagonal.diagonal.value)
         if self._num_matvecs:
@@ -77,7 +87,7 @@ class Measurement:
             seen, products = self._sharpness.look(model, operator)
             figures.update(seen)
             spent += products
-        if self._density_freq and (self._probes - 1) % self._density_freq == 0:
+        if self._density_freq and self._probes % self._density_freq == 0:
             density = spectral_density(operator, seed=self._seed, **DENSITY)
             figures["spectral_density"] = _plain(density)
             spent += density.num_matvecs
@@ -88,15 +98,33 @@ class Measurement:
             for variable in variables:
                 variable.pop("histogram", None)
         figures["num_matvecs"] = spent
+        self._probes += 1
         return figures
 
-    def _estimate_diagonal(self, operator):
+    def cost(self):
+        """What a probe takes, in words."""
+        parts = []
+        if self._num_matvecs:
+            parts.append(f"{self._num_matvecs} products with the Hessian")
+        if self._diagonal in ("exact", "gauss_newton"):
+            parts.append(f"the diagonal by the method {self._diagonal!r}")
+        elif self._diagonal is not None:
+            samples = f"{self._diagonal_samples} samples of the diagonal"
+            if self._diagonal == "auto":
+                samples += f" (exact where {AFFORDABLE_MATVECS} products are enough)"
+            parts.append(samples)
+        if self._density_freq:
+            products = DENSITY["num_steps"] * DENSITY["num_vectors"]
+            parts.append(f"{products} products for the density")
+        return ", ".join(parts)
+
+    def _estimate_diagonal(self, operator, step):
         sampled = self._method in ("layerwise", "hutchinson")
         moments = diagonal_moments(
             operator,
             self._method,
             self._diagonal_samples if sampled else None,
-            seed=self._seed_of_probe(),
+            seed=self._seed_at(step),
             samples=self._diagonal_samples,
         )
         if self._method == "auto" and moments.trace.standard_error != 0:
@@ -105,9 +133,12 @@ class Measurement:
             self._method = "layerwise" if has_layers(operator) else "hutchinson"
         return moments
 
-    def _seed_of_probe(self):
-        """A seed of its own for each probe, so that noise averages out over probes."""
-        sequence = np.random.SeedSequence([self._seed, self._probes])
+    def _seed_at(self, step):
+        """A seed of its own for each step, so that noise averages out over probes.
+
+        No count of probes, which would start anew when training is resumed.
+        """
+        sequence = np.random.SeedSequence([self._seed, step])
         return int(sequence.generate_state(1)[0] >> 1)
 
 

@@ -16,8 +16,8 @@ class Pace:
     doubled again when there is time.
 
     Args:
-        max_overhead: share of the wall-clock time that probes may take, in (0, 1);
-            `None` for probes that are always due.
+        share: share of the wall-clock time that probes may take, in (0, 1);
+            `None` for probes that are always due. May be changed at any time.
         update_freq: least number of batches between probes.
         num_matvecs: products per probe when there is time.
         clock: function without arguments that tells the time in seconds.
@@ -26,15 +26,19 @@ class Pace:
     #: Fewer products say little about the norm.
     LEAST_MATVECS = 6
 
-    def __init__(self, max_overhead, update_freq, num_matvecs, clock=time.perf_counter):
+    #: Probes that took fewer seconds than this in all are not worth a word.
+    WORTH_A_WORD = 10.0
+
+    def __init__(self, share, update_freq, num_matvecs, clock=time.perf_counter):
         self.num_matvecs = num_matvecs
-        self._share = max_overhead
+        self.share = share
         self._update_freq = update_freq
         self._most = num_matvecs
         self._clock = clock
         self._mark = clock()
-        # All seconds so far, and what went on since the last probe.
+        # All seconds, batches and probes so far, and what went on since the last one.
         self._training, self._probes = 0.0, 0.0
+        self._steps, self._timed = 0, 0
         self._trained, self._batches = 0.0, 0
         self._needed = 0.0
 
@@ -43,6 +47,23 @@ class Pace:
         """Share of the time that the probes so far have taken, compilation apart."""
         total = self._probes + self._training
         return self._probes / total if total else 0.0
+
+    @property
+    def advice(self):
+        """One line to the user where probes take most of the time; else `None`.
+
+        Not where they are spaced by the clock: there it is a matter of waiting.
+        """
+        spent = self.share is None and self._probes >= self.WORTH_A_WORD
+        if not spent or self.overhead <= 0.5 or not self._steps:
+            return None
+        each = self._probes / self._timed / (self._training / self._steps)
+        return (
+            f"Probing the curvature takes {self.overhead:.0%} of the time: a probe "
+            f"takes as long as {each:.0f} batches of training. A larger `update_freq`, "
+            'fewer probe data or fewer `num_matvecs` take less; update_freq="auto" '
+            "takes a tenth, where the optimizer does not need the curvature."
+        )
 
     def start(self):
         """Notes that training starts, or goes on."""
@@ -54,10 +75,11 @@ class Pace:
         self._training += seconds
         self._trained += seconds
         self._batches += batches
+        self._steps += batches
 
     def due(self):
         """Whether there is time for a probe."""
-        return self._trained >= self._needed
+        return self.share is None or self._trained >= self._needed
 
     def probed(self, compiled):
         """Notes that a probe went on since the last call, or began and failed.
@@ -71,8 +93,9 @@ class Pace:
             self._needed = 0.0
         else:
             self._probes += seconds
-            if self._share is not None:
-                self._needed = seconds * (1 - self._share) / self._share
+            self._timed += 1
+            if self.share is not None:
+                self._needed = seconds * (1 - self.share) / self.share
                 self._choose_matvecs()
         self._trained, self._batches = 0.0, 0
 

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
-from keras_curvature.callbacks.hand_over import number
+from keras_curvature.callbacks.hand_over import number, optimizer_of
 from keras_curvature.estimators import DominantSubspace
 from keras_curvature.keras_internals import (
     optimizer_variables,
@@ -39,16 +39,19 @@ class Sharpness:
 
     def look(
         self, model: Any, operator: HessianOperator
-    ) -> tuple[dict[str, float], int]:
+    ) -> tuple[dict[str, float | None], int]:
         """The figures for a record, and the number of products spent on them.
 
         Args:
             model: the Keras model that trains.
             operator: the `HessianOperator` on the probe data.
         """
-        threshold = stability_threshold(model.optimizer)
-        figures = {} if threshold is None else {"stability_threshold": threshold}
-        diagonal = preconditioner(model.optimizer, operator)
+        optimizer = optimizer_of(model)
+        threshold = stability_threshold(optimizer)
+        figures: dict[str, float | None] = {}
+        if threshold is not None:
+            figures["stability_threshold"] = threshold
+        diagonal = preconditioner(optimizer, operator)
         if diagonal is None:
             return figures, 0
         found = self._subspace.update(
@@ -56,12 +59,14 @@ class Sharpness:
         )
         if len(found.eigenvalues):
             top = found.eigenvalues.argmax()
-            figures["hessian_preconditioned_max_eigenvalue"] = float(
-                found.eigenvalues[top]
+            value = float(found.eigenvalues[top])
+            bound = float(found.residual_norms[top])
+            # Four products find the largest one over several looks. What lies within
+            # its bound of zero, or below, is something else as yet.
+            figures["hessian_preconditioned_max_eigenvalue"] = (
+                value if bound < value else None
             )
-            figures["hessian_preconditioned_max_eigenvalue_error"] = float(
-                found.residual_norms[top]
-            )
+            figures["hessian_preconditioned_max_eigenvalue_error"] = bound
         return figures, found.num_matvecs
 
 
@@ -96,6 +101,21 @@ def stability_threshold(optimizer: Any) -> float | None:
         beta = optimizer.beta_1
         return (2 + 2 * beta) / ((1 - beta) * rate)
     return None
+
+
+def limit_of_gradient_descent(optimizer: Any) -> float | None:
+    """The eigenvalue of H above which plain gradient descent is unstable, `2 / η`.
+
+    Args:
+        optimizer: a Keras optimizer.
+
+    Returns:
+        A float; `None` for any other optimizer, which has another limit or sees
+        another matrix than H.
+    """
+    optimizer = _single(optimizer)
+    plain = _steps_as(optimizer, keras.optimizers.SGD) and not optimizer.momentum
+    return stability_threshold(optimizer) if plain else None
 
 
 def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:

@@ -1,12 +1,13 @@
 """Event files: whole records, on disk at once, and never TensorFlow loaded for them."""
 
+import contextlib
 import itertools
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -14,10 +15,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.io import gfile
 
 from keras_curvature.tensorboard import summaries
-from keras_curvature.tensorboard.record_format import framed
+from keras_curvature.tensorboard.record_format import framed, unframed
 
 # A layer's name and size, for each layer.
 
+_PREFIX = "events.out.tfevents."
 # Readers know the format by this.
 _VERSION = "brain.Event:2"
 # A remote file is sent whole with each record, so another one is begun in time.
@@ -116,6 +118,69 @@ class EventFile:
         self._standing = {}
 
 
+def taken_back(directory: str, step: int) -> Iterator[Event]:
+    """The events of a directory up to a step, from the oldest on; later ones go.
+
+    TensorBoard has a mark for what is void from some step on, but most of what reads
+    event files does not know it: it would show these steps twice. So they are removed.
+    No writer may have the directory's file open.
+
+    Args:
+        directory: The directory.
+        step: The last step that stays.
+
+    Raises:
+        OSError: If the files cannot be read or written.
+    """
+    for path in event_paths(directory):
+        records = list(unframed(_read(path)))
+        events = [Event.FromString(record) for record in records]
+        kept = [event.step <= step for event in events]
+        if not all(kept):
+            _replace(path, b"".join(map(framed, itertools.compress(records, kept))))
+        yield from itertools.compress(events, kept)
+
+
+def event_paths(directory: str) -> list[str]:
+    """The event files in a directory, from the oldest on; none if there is none.
+
+    Raises:
+        OSError: If the directory cannot be read.
+    """
+    if _is_remote(directory):
+        files = _file_system(directory)
+        names = files.listdir(directory) if files.exists(directory) else []
+    else:
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+    names = sorted(os.path.basename(name) for name in names)
+    return [os.path.join(directory, n) for n in names if n.startswith(_PREFIX)]
+
+
+def _read(path: str) -> bytes:
+    opened = _file_system(path).GFile if _is_remote(path) else open
+    with opened(path, "rb") as file:
+        content: bytes = file.read()
+    return content
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Gives a file another content: all of it, or none."""
+    if _is_remote(path):
+        with _file_system(path).GFile(path, "wb") as file:
+            file.write(content)
+        return
+    # No event file by its name, should it ever stay behind.
+    draft = os.path.join(os.path.dirname(path), f".{os.getpid()}.draft")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+
+
 def check_reachable(directory: str) -> None:
     """Refuses an address that no installed package can write to.
 
@@ -159,7 +224,7 @@ def _event(**content: Any) -> bytes:
 def _new_path(directory: str) -> str:
     """A path that no other process has, and sorted behind those before it."""
     name = (
-        f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        f"{_PREFIX}{int(time.time()):010d}.{socket.gethostname()}"
         f".{os.getpid()}.{next(_numbers):06d}.v2"
     )
     return os.path.join(directory, name)

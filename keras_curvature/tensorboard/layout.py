@@ -28,7 +28,7 @@ def layout() -> layout_pb2.Layout:
             (
                 "Largest eigenvalue against 2 / learning rate",
                 tags.MAX_EIGENVALUE.tag,
-                tags.TWO_OVER_LEARNING_RATE,
+                tags.TWO_OVER_LEARNING_RATE.tag,
             ),
             (
                 "Preconditioned eigenvalue against the stability threshold",

@@ -7,6 +7,7 @@ writing it. Here NumPy takes it in less than one.
 
 import functools
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,6 +20,18 @@ def framed(data: bytes) -> bytes:
     """One record with its length before it and the checksums, in TFRecord format."""
     length = struct.pack("<Q", len(data))
     return length + _checksum(length) + data + _checksum(data)
+
+
+def unframed(content: bytes) -> Iterator[bytes]:
+    """The records in a file, as far as they are whole. Checksums are not looked at."""
+    start = 0
+    while start + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        start, end = start + 12, start + 12 + length
+        if end + 4 > len(content):
+            return
+        yield content[start:end]
+        start = end + 4
 
 
 def crc32c(data: bytes) -> int:

@@ -145,13 +145,6 @@ def record_values(
         per_variable: Whether each variable gets its tags too, besides its layer.
     """
     yield from _scalars(record, tags.GLOBAL_FIGURES)
-    rate = record.get(tags.LEARNING_RATE.key)
-    if rate is not None and rate > 0:
-        yield scalar(
-            tags.TWO_OVER_LEARNING_RATE,
-            2.0 / float(rate),
-            tags.TWO_OVER_LEARNING_RATE_DESCRIPTION,
-        )
     for band in tags.BANDS:
         value = record.get(band.key)
         if value is not None:

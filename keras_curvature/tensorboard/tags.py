@@ -10,7 +10,7 @@ say how certain the others are begin with a late letter.
 | `hessian/trace` | `hessian_trace` | sum of the eigenvalues |
 | `hessian/frobenius_norm` | `hessian_frobenius_norm` | root of the sum of squares |
 | `hessian/max_eigenvalue` | `hessian_max_eigenvalue` | curvature of the stiffest direction |
-| `hessian/two_over_learning_rate` | `learning_rate` | where gradient descent turns unstable |
+| `hessian/two_over_learning_rate` | `two_over_learning_rate` | where gradient descent turns unstable; only for plain gradient descent |
 | `hessian/preconditioned_max_eigenvalue` | `hessian_preconditioned_max_eigenvalue` | the same as the optimizer sees it |
 | `hessian/stability_threshold` | `stability_threshold` | curvature above which the optimizer is unstable |
 | `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error`, `hessian_preconditioned_max_eigenvalue_error` | standard error; for eigenvalues the bound that the residual gives |
@@ -114,12 +114,12 @@ MAX_EIGENVALUE = Figure(
     "Largest eigenvalue of the Hessian. Gradient descent is unstable along its "
     "eigenvector while it exceeds 2 / learning rate.",
 )
-TWO_OVER_LEARNING_RATE = "hessian/two_over_learning_rate"
-TWO_OVER_LEARNING_RATE_DESCRIPTION = (
+TWO_OVER_LEARNING_RATE = Figure(
+    "two_over_learning_rate",
+    "hessian/two_over_learning_rate",
     "2 / learning rate: gradient descent is unstable along directions whose curvature "
-    "is above this line."
+    "is above this line.",
 )
-
 PRECONDITIONED = Figure(
     "hessian_preconditioned_max_eigenvalue",
     "hessian/preconditioned_max_eigenvalue",
@@ -136,6 +136,7 @@ HESSIAN_FIGURES = (
     TRACE,
     FROBENIUS_NORM,
     MAX_EIGENVALUE,
+    TWO_OVER_LEARNING_RATE,
     PRECONDITIONED,
     STABILITY_THRESHOLD,
 )
@@ -159,7 +160,8 @@ HESSIAN_ERRORS = (
     Figure(
         "hessian_preconditioned_max_eigenvalue_error",
         "uncertainty/preconditioned_max_eigenvalue",
-        "The same for the Hessian as the optimizer sees it.",
+        "The same for the Hessian as the optimizer sees it. Its eigenvalue is left out "
+        "while this is not below it.",
     ),
 )
 BANDS = (
@@ -169,12 +171,9 @@ BANDS = (
     Band("hessian_max_eigenvalue", "hessian_max_eigenvalue_error", 1.0),
 )
 
-LEARNING_RATE = Figure(
-    "learning_rate", "probe/learning_rate", "The optimizer's learning rate."
-)
 PROBE_FIGURES = (
     Figure("loss", "probe/loss", "Training loss on the probe batch."),
-    LEARNING_RATE,
+    Figure("learning_rate", "probe/learning_rate", "The optimizer's learning rate."),
     Figure("seconds", "probe/seconds", "Time that the probe took, in seconds."),
     Figure(
         "num_matvecs",

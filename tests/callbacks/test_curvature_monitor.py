@@ -66,7 +66,7 @@ def test_training_is_bit_for_bit_the_same(built, tmp_path):
             )
         draws = [np.random.random(), float(keras.random.uniform(()))]
         results.append((history, [*state(model), *draws]))
-    assert len(steps(callbacks[0])) == 12
+    assert steps(callbacks[0]) == list(range(0, 31, 3))
     assert_same(*[numbers for _, numbers in results])
     plain, probed = [history for history, _ in results]
     for before, after in zip(plain, probed, strict=True):
@@ -96,11 +96,11 @@ def test_steps_of_probes(update_freq, per_execution, expected):
 
 
 def test_several_fits_count_on():
-    """A probe at the start of a `fit`, unless the last one was at the same step."""
+    """Where to probe is a function of the step, however it is cut into fits."""
     watch, model = monitor(), network()
     for _ in range(3):
         fit(model, watch)
-    assert steps(watch) == [0, 4, 8, 10, 12, 16, 20, 24, 28]
+    assert steps(watch) == [0, 4, 8, 12, 16, 20, 24, 28]
 
 
 def test_epochs_of_probes():
@@ -161,6 +161,7 @@ def test_record():
         "hessian_max_eigenvalue_error": 0,
         # Of plain gradient descent.
         "stability_threshold": 2 / 0.01,
+        "two_over_learning_rate": 2 / 0.01,
     }
     variables, parts = record.pop("variables"), record.pop("layers")
     assert record.pop("optimizer") == {}
@@ -237,7 +238,9 @@ def test_logs(tmp_path):
     stop = keras.callbacks.EarlyStopping("hessian_trace", 1e9, 2, mode="min")
     callbacks = [watch, keras.callbacks.CSVLogger(path), stop, logs]
     history = fit(network(), *callbacks, epochs=9)
-    names = ["hessian_trace", "hessian_frobenius_norm", "hessian_max_eigenvalue"]
+    eigenvalue = "hessian_max_eigenvalue"
+    names = ["hessian_trace", "hessian_frobenius_norm", eigenvalue]
+    names.append(f"{eigenvalue}_error")
     assert list(history) == ["loss", *names]
     assert len(history["loss"]) == 3  # `EarlyStopping` found no improvement.
     rows = list(csv.DictReader(path.open()))
@@ -280,7 +283,7 @@ def test_nothing_grows():
     traces = backend.num_traces()
     start, graphs = count(), live_graphs()
     for _ in range(50):
-        watch._probe()
+        watch.probe()
     probed = count()
     # Anything kept would be kept 50 times.
     assert probed - start < 50
@@ -326,18 +329,44 @@ def test_lines_do_not_fight_the_progress_bar(verbose, capsys):
     for line, step in zip(told, steps(watch), strict=True):
         assert re.fullmatch(
             rf"curvature at step {step} - trace {number}( ± {number})? - norm "
-            rf"{number}( ± {number})?( - max eigenvalue {number})? - [\d.]+s",
+            rf"{number}( ± {number})?( - max eigenvalue {number} ± {number})? - "
+            r"[\d.]+s - overhead \d+%",
             line,
         )
-    rest = [line for line in lines if line not in told]
+    assert lines[0].startswith("curvature: compiling the first probe (31 parameters)")
+    rest = [line for line in lines[1:] if line not in told]
     assert all(re.match(rf"Epoch \d/2$|{BATCHES}/{BATCHES} ", x) for x in rest), rest
     assert len(rest) == (4 if verbose else 0)
     assert ("\r" in output) == (verbose == 1)
 
 
-def test_says_nothing_by_default(capsys):
-    fit(network(), monitor())
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(
+    ("verbose", "of_fit", "lines"), [("auto", 0, 0), ("auto", 2, 1), (0, 2, 0)]
+)
+def test_the_wait_for_the_first_probe_is_announced(verbose, of_fit, lines, capsys):
+    """Before it compiles, once, with its cost; where `fit` prints something too."""
+    watch, printed = monitor(num_matvecs=3, verbose=verbose), []
+    compute = watch._measurement.take
+
+    def take(*arguments):
+        printed.append(capsys.readouterr().out)
+        return compute(*arguments)
+
+    watch._measurement.take = take
+    model = network()
+    for _ in range(2):
+        fit(model, watch, verbose=of_fit)
+    told = [text for text in printed if "curvature" in text]
+    assert told == printed[:1] * lines
+    for line in told:
+        assert "compiling the first probe (31 parameters)" in line
+        assert "3 products with the Hessian: each about two gradients" in line
+    assert "curvature" not in capsys.readouterr().out.replace("hessian", "")
+
+
+def test_another_verbosity_is_refused():
+    with pytest.raises(ValueError, match='`verbose` must be 0, 1 or "auto".*Rec.*=2'):
+        monitor(verbose=2)
 
 
 def test_repr_tells_what_was_seen(tmp_path):

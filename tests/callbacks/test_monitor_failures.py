@@ -123,11 +123,11 @@ def test_each_reason_is_told_once(monkeypatch):
     errors = iter([None, OSError("no 1"), OSError("no 2"), MemoryError("full"), None])
     look = watch._look
 
-    def failing():
+    def failing(step):
         error = next(errors, None)
         if error is not None:
             raise error
-        return look()
+        return look(step)
 
     monkeypatch.setattr(watch, "_look", failing)
     with pytest.warns(UserWarning) as caught:
@@ -141,7 +141,7 @@ def test_each_reason_is_told_once(monkeypatch):
 def test_interrupt_is_no_failure(monkeypatch):
     watch = monitor()
 
-    def interrupted():
+    def interrupted(step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch, "_look", interrupted)
@@ -208,7 +208,7 @@ def test_diverged_training(tmp_path):
     )
     # And the monitor recovers with the weights.
     model.set_weights(network().get_weights())
-    watch._probe()
+    watch.probe()
     assert np.isfinite(watch.history[-1]["hessian_frobenius_norm"])
 
 

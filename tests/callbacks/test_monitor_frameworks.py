@@ -66,7 +66,7 @@ def test_resumed_from_a_file(tmp_path):
     updates = again.optimizer.curvature_updates
     assert updates == model.optimizer.curvature_updates == 3
     assert_same(go_on(model), go_on(again))
-    # One before the first step, and at 12, 16 and 20... of the second fit's ten.
+    # At 12, 16 and 20.
     assert again.optimizer.curvature_updates == updates + 3
 
 
@@ -79,9 +79,9 @@ def test_frozen_between_two_fits():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(model, watch)
-    assert steps(watch) == [0, 4, 8, 0, 2, 6, 10]
+    assert steps(watch) == [0, 4, 8] * 2
     covered = [[v["size"] for v in record["variables"]] for record in watch.history]
-    assert covered == [[12, 4, 12, 3]] * 3 + [[12, 3]] * 4
+    assert covered == [[12, 4, 12, 3]] * 3 + [[12, 3]] * 3
     h = kc.hessian_matrix(model, X[:20], Y[:20])
     assert h.shape == (15, 15)
     np.testing.assert_allclose(

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 import keras_curvature as kc
-from keras_curvature.callbacks.sharpness import preconditioner, stability_threshold
+from keras_curvature.callbacks.sharpness import (
+    Sharpness,
+    limit_of_gradient_descent,
+    preconditioner,
+    stability_threshold,
+)
 from keras_curvature.operators import PreconditionedOperator
 
 array = keras.ops.convert_to_numpy
@@ -41,6 +46,50 @@ def trained(optimizer, epochs=3):
 def test_threshold(optimizer, threshold):
     found = stability_threshold(optimizer)
     assert found == (threshold and pytest.approx(threshold, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "limit"),
+    [
+        (keras.optimizers.SGD(0.1), 20.0),
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), 20.0),
+        (keras.optimizers.SGD(0.1, momentum=0.9), None),
+        (keras.optimizers.Adam(0.1), None),
+        (kc.DiagonalNewton(0.1), None),
+        (keras.optimizers.SGD(0.0), None),
+        (None, None),
+    ],
+)
+def test_two_over_learning_rate_is_the_limit_of_plain_gradient_descent(
+    optimizer, limit
+):
+    found = limit_of_gradient_descent(optimizer)
+    assert found == (limit and pytest.approx(limit, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "shown"),
+    [
+        # Of a run with Adam: nothing that is positive was found yet, and then
+        # something that may be anything.
+        ([-1103.0], [185.0], None),
+        ([20.9, 3.0], [2777.0, 1.0], None),
+        ([-5.0, 50.0], [1.0, 3.0], 50.0),
+    ],
+)
+def test_an_eigenvalue_is_shown_when_its_bound_is_below_it(values, bounds, shown):
+    model, op = trained("adam", epochs=1)
+    sharpness = Sharpness(0)
+
+    class Found:
+        eigenvalues, residual_norms = np.array(values), np.array(bounds)
+        num_matvecs = 4
+
+    sharpness._subspace.update = lambda *_: Found
+    figures, spent = sharpness.look(model, op)
+    key = "hessian_preconditioned_max_eigenvalue"
+    assert figures[key] == shown and spent == 4
+    assert figures[f"{key}_error"] == bounds[int(np.argmax(values))]
 
 
 def test_another_rule_has_no_known_threshold():

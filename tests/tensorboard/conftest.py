@@ -90,7 +90,7 @@ def served_logs(tmp_path_factory):
     # What is missing or not a number must not spoil the page.
     with CurvatureWriter(directory / "sparse") as writer:
         writer.write({"step": 1, "loss": 0.5, "hessian_trace": float("nan")})
-        writer.write({"step": 2, "hessian_trace": 4.0, "learning_rate": 0.5})
+        writer.write({"step": 2, "hessian_trace": 4.0, "two_over_learning_rate": 4.0})
     return directory
 
 

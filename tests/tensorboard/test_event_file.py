@@ -1,6 +1,7 @@
 """Where records go, whatever happens to the disk, and that nothing is lost."""
 
 import contextlib
+import glob
 import importlib.util
 import io
 import itertools
@@ -20,7 +21,8 @@ from records import LAYERS, synthetic_record
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from keras_curvature.tensorboard import event_file
-from keras_curvature.tensorboard.record_format import crc32c, framed
+from keras_curvature.tensorboard.event_file import EventFile
+from keras_curvature.tensorboard.record_format import crc32c, framed, unframed
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
 
@@ -30,6 +32,15 @@ def test_records_are_framed_as_tensorboard_frames_them(size):
     theirs = io.BytesIO()
     RecordWriter(theirs).write(data)
     assert framed(data) == theirs.getvalue()
+
+
+def test_records_are_read_as_far_as_they_are_whole():
+    records = [b"first", b"second record"]
+    content = b"".join(map(framed, records))
+    assert list(unframed(content)) == records
+    for length in range(len(framed(records[0])), len(content)):
+        assert list(unframed(content[:length])) == records[:1]
+    assert list(unframed(b"")) == []
 
 
 def test_checksum_of_the_catalogue():
@@ -111,6 +122,91 @@ def test_one_writer_over_several_fits_continues_the_run(tmp_path):
     found = read(tmp_path)
     assert set(found["hessian/trace"]) == {0, 10}
     assert set(found["diagonal/logits"]) == {0, 10}
+
+
+def in_two_processes(log_dir, resumed_at, first=(0, 10, 20, 30), second=(20, 30, 40)):
+    """What one writer wrote, and another one that goes on at a step."""
+    writer = CurvatureWriter(log_dir)
+    assert writer.begin(first[0]) is None
+    for step in first:
+        writer.write(synthetic_record(step))
+    # Killed: nobody closes it.
+    EventFile._open.clear()
+    writer = CurvatureWriter(log_dir)
+    last = writer.begin(resumed_at)
+    for step in second:
+        writer.write(synthetic_record(step, seed=1))
+    writer.close()
+    return last, writer
+
+
+def steps_in(directory):
+    """Steps of the trace, each as often as it is there."""
+    return [
+        event.step
+        for path in sorted(glob.glob(os.path.join(directory, "*")))
+        for event in events(path)
+        if any(value.tag == "hessian/trace" for value in event.summary.value)
+    ]
+
+
+def test_what_training_took_back_is_removed(tmp_path):
+    last, writer = in_two_processes(tmp_path, resumed_at=15)
+    assert last == 10
+    assert os.listdir(tmp_path) == ["curvature"]
+    assert steps_in(writer.directory) == [0, 10, 20, 30, 40]
+    assert len(event_files(tmp_path)) == len(os.listdir(writer.directory)) == 2
+    found = read(tmp_path)
+    again = synthetic_record(20, seed=1)["hessian_trace"]
+    np.testing.assert_allclose(found["hessian/trace"][20], again, rtol=1e-6)
+    # The layout, and the images up to there, are still in the first file.
+    assert {"custom_scalars__config__", "diagonal_heat_map"} < set(
+        values(event_files(tmp_path)[0])
+    )
+
+
+def test_the_heat_map_goes_on_from_what_is_there(tmp_path):
+    in_two_processes(tmp_path / "two", resumed_at=15)
+    with CurvatureWriter(tmp_path / "one") as writer:
+        for step, seed in zip((0, 10, 20, 30, 40), (0, 0, 1, 1, 1), strict=True):
+            writer.write(synthetic_record(step, seed))
+    one, two = (read(tmp_path / n)["diagonal_heat_map"][40] for n in ("one", "two"))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_two_runs_of_one_directory_stay_apart(tmp_path):
+    for number in (1, 2, 3):
+        _, writer = in_two_processes(
+            tmp_path, resumed_at=20, first=(0, 10, 20), second=(30,)
+        )
+        name = "curvature" if number == 1 else f"curvature_{number}"
+        assert writer.directory == str(tmp_path / name)
+        assert steps_in(writer.directory) == [0, 10, 20, 30]
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_file_that_cannot_be_shortened_stays_as_it_was(tmp_path):
+    with CurvatureWriter(tmp_path) as writer:
+        for step in (0, 10, 20):
+            writer.write(synthetic_record(step))
+    (path,) = event_files(tmp_path)
+    size = os.path.getsize(path)
+    writer = CurvatureWriter(tmp_path)
+    with files_no_longer_than(1000), pytest.raises(OSError, match="File too large"):
+        writer.begin(15)
+    assert os.listdir(writer.directory) == [os.path.basename(path)]
+    assert os.path.getsize(path) == size
+
+
+def test_runs_in_a_store_go_on_and_stay_apart(store, tmp_path):
+    address = "store://bucket/run"
+    last, _ = in_two_processes(address, resumed_at=15)
+    assert last == 10
+    paths = fetched(store, tmp_path)
+    assert steps_in(tmp_path) == [0, 10, 20, 30, 40] and len(paths) == 2
+    writer = CurvatureWriter(address)
+    assert writer.begin(0) is None
+    assert writer.directory == f"{address}/curvature_2"
 
 
 def test_files_of_one_second_are_sorted_as_they_were_written(tmp_path, monkeypatch):

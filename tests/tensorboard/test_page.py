@@ -178,7 +178,9 @@ def test_first_sight(page):
         "hessian_preconditioned_max_eigenvalue",
         "stability_threshold",
         "num_matvecs",
+        "overhead",
     }
+    assert tiles["overhead"] == "4 %"
     value, error = tiles["hessian_trace"].split(" ± ")
     assert float(error) == pytest.approx(last["hessian_trace_standard_error"], rel=0.05)
     # Rounded to the error's second digit.

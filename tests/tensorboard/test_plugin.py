@@ -62,7 +62,7 @@ def test_a_table_holds_what_was_written(server):
     # The model's order, not the alphabet's.
     assert table["layers"] == list(LAYERS)
     assert table["sizes"] == [layer["size"] for layer in records[0]["layers"]]
-    expected = {f.key for f in tags.GLOBAL_FIGURES} | {"two_over_learning_rate"}
+    expected = {f.key for f in tags.GLOBAL_FIGURES}
     assert set(table["figures"]) == expected
     for figure in tags.GLOBAL_FIGURES:
         np.testing.assert_allclose(
@@ -90,7 +90,6 @@ def test_what_is_missing_is_null(server):
         "figures": {
             "loss": [0.5, None],
             "hessian_trace": [None, 4.0],
-            "learning_rate": [None, 0.5],
             "two_over_learning_rate": [None, 4.0],
         },
         "layer_figures": {},
@@ -118,7 +117,7 @@ def test_csv_holds_every_value_of_the_runs(server):
     )
     assert found["sparse/curvature", 2, "", "two_over_learning_rate"] == 4.0
     assert ("sparse/curvature", 1, "", "hessian_trace") not in found
-    per_run = (len(tags.GLOBAL_FIGURES) + 1) * len(SERVED_STEPS)
+    per_run = len(tags.GLOBAL_FIGURES) * len(SERVED_STEPS)
     per_run += len(tags.LAYER_FIGURES) * len(LAYERS) * len(SERVED_STEPS)
     assert sum(r["run"] == "a/curvature" for r in rows) == per_run
 

@@ -14,7 +14,7 @@ def test_scalars_have_the_tags_and_values_that_were_written(server):
     expected |= {f.of(layer) for f in tags.LAYER_FIGURES for layer in LAYERS}
     expected |= {band.lower for band in tags.BANDS}
     expected |= {band.upper for band in tags.BANDS}
-    expected |= {tags.TWO_OVER_LEARNING_RATE, "optimizer/clipped_share"}
+    expected |= {"optimizer/clipped_share"}
     assert set(found) == expected
     assert "sum of its eigenvalues" in found["hessian/trace"]["description"]
 

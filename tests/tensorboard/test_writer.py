@@ -99,6 +99,7 @@ def test_what_is_missing_has_no_tag(tmp_path, missing):
     record = synthetic_record(3)
     for key in (
         "learning_rate",
+        "two_over_learning_rate",
         "hessian_trace_standard_error",
         "hessian_max_eigenvalue",
         "hessian_max_eigenvalue_error",
@@ -163,7 +164,9 @@ def test_values_read_back(tmp_path):
                     at(figure.of(layer["name"])), layer[figure.key], **close
                 )
         np.testing.assert_allclose(
-            at("hessian/two_over_learning_rate"), 2 / record["learning_rate"], **close
+            at("hessian/two_over_learning_rate"),
+            record["two_over_learning_rate"],
+            **close,
         )
         value, error = record["hessian_trace"], record["hessian_trace_standard_error"]
         np.testing.assert_allclose(

@@ -15,9 +15,7 @@ from keras_curvature.tensorboard import tags
 
 Column = list[float | None]
 
-_GLOBAL = {figure.tag: figure.key for figure in tags.GLOBAL_FIGURES} | {
-    tags.TWO_OVER_LEARNING_RATE: "two_over_learning_rate"
-}
+_GLOBAL = {figure.tag: figure.key for figure in tags.GLOBAL_FIGURES}
 _BY_LAYER = [(figure.of(""), figure.key) for figure in tags.LAYER_FIGURES]
 
 

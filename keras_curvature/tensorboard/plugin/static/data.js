@@ -69,12 +69,12 @@ export function firstOf(column) {
  * How near a run is to the edge of stability, or null: the largest curvature that its
  * optimizer sees as a share of the threshold, and the share's error.
  *
- * With a preconditioner that is the preconditioned Hessian's. A threshold is only known
- * for some optimizers.
+ * With a preconditioner that is the preconditioned Hessian's, whose bound is there before
+ * the eigenvalue itself is. A threshold is only known for some optimizers.
  */
 export function stabilityOf(figures) {
   const threshold = figures.stability_threshold;
-  const seen = figures.hessian_preconditioned_max_eigenvalue
+  const seen = figures.hessian_preconditioned_max_eigenvalue_error
     ? 'hessian_preconditioned_max_eigenvalue' : 'hessian_max_eigenvalue';
   if (!threshold || !figures[seen]) return null;
   const share = (column) => column?.map((value, i) =>

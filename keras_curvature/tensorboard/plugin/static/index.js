@@ -213,13 +213,13 @@ class Page {
     if (table.mode) parts.push(` Layers ran as in ${table.mode}.`);
     this.answer.replaceChildren(...parts);
 
-    const last = (key) => lastOf(table.figures[key])?.value;
-    const tile = (label, key, error) => {
-      const value = last(key);
-      return value === undefined ? null : html(
+    const tile = (label, key, error, format = formatNumber) => {
+      const last = lastOf(table.figures[key]);
+      if (last === null) return null;
+      const text = formatWithError(last.value, table.figures[error]?.[last.at], format);
+      return html(
         'div', {class: 'tile', 'data-figure': key},
-        html('div', {class: 'tile-label'}, label),
-        html('div', {class: 'tile-value'}, formatWithError(value, last(error))));
+        html('div', {class: 'tile-label'}, label), html('div', {class: 'tile-value'}, text));
     };
     const tiles = [
       tile('Loss on the probe', 'loss'),
@@ -231,6 +231,7 @@ class Page {
         'hessian_preconditioned_max_eigenvalue_error'),
       tile('Stability threshold', 'stability_threshold'),
       tile('Products per probe', 'num_matvecs'),
+      tile('Time spent on probes', 'overhead', null, formatShare),
     ];
     this.tiles.replaceChildren(...tiles.filter(Boolean));
     const runs = new Set([this.focus, ...this.compared]);
@@ -291,10 +292,8 @@ class Page {
         ...this.series(run, table, {
           values: table.figures.hessian_max_eigenvalue,
           errors: table.figures.hessian_max_eigenvalue_error, factor: 1}),
-        // With a preconditioner the limit is that of another matrix.
         ...this.series(run, table, {
-          values: table.figures.hessian_preconditioned_max_eigenvalue
-            ? null : table.figures.two_over_learning_rate,
+          values: table.figures.two_over_learning_rate,
           dashed: true, meaning: '2 / learning rate',
           name: `${shortName(run)}: 2 / learning rate`}),
       ]),
