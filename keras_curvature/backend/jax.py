@@ -320,7 +320,15 @@ def placed(x: Any, place: Any) -> Tensor:
     """
     if place is None or isinstance(place, jax.Device):
         with on(place):
-            return jax.device_put(array(x), place)
+            x = array(x)
+        # What is put on a device is committed to it, and so is all that is computed of
+        # it: an optimizer's slots, with them the weights, for which every function
+        # would be compiled again. Where JAX computes anyway, nothing has to be put.
+        at_home = x.devices() == jnp.zeros(()).devices() and place in (
+            None,
+            *x.devices(),
+        )
+        return x if at_home else jax.device_put(x, place)
     x = _convertible(x)
     x = x if is_tensor(x) else np.asarray(x)
     distribution = keras.distribution.distribution()
