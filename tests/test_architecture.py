@@ -58,6 +58,7 @@ ROOMS = {
 OUTSIDE = {
     "backend.__init__": {"keras"},
     "backend.contract": set(),
+    "backend.ctc": {"keras"},
     "backend.nested": {"jax", "keras", "optree"},
     "backend.tensorflow*": {"keras", "numpy", "tensorflow"},
     "backend.jax*": {"jax", "keras", "numpy"},
@@ -69,7 +70,7 @@ OUTSIDE = {
     "tensorboard.plugin": {"tensorboard", "werkzeug", "numpy"},
     "tensorboard": {"tensorboard", "PIL", "numpy"},
 }
-TWINS = [[name] for name in ("tensorflow", "jax", "torch", "contract", "nested")]
+TWINS = [[name] for name in ("tensorflow", "jax", "torch", "contract", "ctc", "nested")]
 ELSEWHERE = {"keras", "numpy", "scipy", "rich", "matplotlib"}
 
 

@@ -20,6 +20,7 @@ from keras_curvature.backend.contract import (
     Recording,
     Tensor,
 )
+from keras_curvature.backend.ctc import ctc_loss
 from keras_curvature.backend.tensorflow_graphs import HELD
 from keras_curvature.backend.tensorflow_graphs import examine as examine
 from keras_curvature.backend.tensorflow_graphs import outline as outline
@@ -228,7 +229,7 @@ class _Exactness:
 
     lock = threading.Lock()
     depth = 0
-    moments: Any = None
+    originals: dict[tuple[Any, str], Any] = {}
     tensor_float_32 = False
 
 
@@ -236,11 +237,9 @@ class _Exactness:
 def twice_differentiable() -> Iterator[None]:
     """See the contract.
 
-    `tf.nn.moments`, which Keras' normalization layers call, computes its variance
-    around `stop_gradient(mean)`. The gradient is exact, the Hessian is not, and it
-    is still symmetric, so nothing looks wrong. Within this context the public
-    function is replaced by one without the shortcut. Graphs traced outside are not
-    affected. TF32, whose matrix products are good to three digits, is off.
+    Within this context some public functions are replaced; see `_EXACT`. Graphs traced
+    outside are not affected. TF32, whose matrix products are good to three digits, is
+    off.
 
     The first one in changes TensorFlow and the last one out restores it. Nobody
     holds the lock in between: the threads of a strategy's replicas enter while the
@@ -248,11 +247,12 @@ def twice_differentiable() -> Iterator[None]:
     """
     with _Exactness.lock:
         if _Exactness.depth == 0:
-            _Exactness.moments = tf.nn.moments
+            for owner, name in _EXACT:
+                _Exactness.originals[owner, name] = getattr(owner, name, None)
+                setattr(owner, name, _EXACT[owner, name])
             _Exactness.tensor_float_32 = (
                 tf.config.experimental.tensor_float_32_execution_enabled()
             )
-            tf.nn.moments = _exact_moments
             tf.config.experimental.enable_tensor_float_32_execution(False)
         _Exactness.depth += 1
     try:
@@ -261,7 +261,11 @@ def twice_differentiable() -> Iterator[None]:
         with _Exactness.lock:
             _Exactness.depth -= 1
             if _Exactness.depth == 0:
-                tf.nn.moments = _Exactness.moments
+                for (owner, name), original in _Exactness.originals.items():
+                    if original is None:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, original)
                 tf.config.experimental.enable_tensor_float_32_execution(
                     _Exactness.tensor_float_32
                 )
@@ -281,6 +285,52 @@ def _exact_moments(
         if not keepdims:
             mean = tf.squeeze(mean, axes)
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
+
+
+def _exact_ctc_loss(
+    labels: Any,
+    logits: Any,
+    label_length: Any,
+    logit_length: Any,
+    logits_time_major: bool = True,
+    unique: Any = None,
+    blank_index: int | None = None,
+    name: Any = None,
+) -> Tensor:
+    """`tf.nn.ctc_loss`; sparse labels are left to the original."""
+    if isinstance(labels, tf.SparseTensor):
+        original = _Exactness.originals[tf.nn, "ctc_loss"]
+        return original(
+            labels,
+            logits,
+            label_length,
+            logit_length,
+            logits_time_major,
+            unique,
+            blank_index,
+            name,
+        )
+    if not logits_time_major:
+        logits = tf.transpose(logits, [1, 0, 2])
+    blank = (blank_index or 0) % logits.shape[-1]
+    with tf.name_scope(name or "ctc_loss"):
+        return ctc_loss(
+            tf.nn.log_softmax(logits), labels, label_length, logit_length, blank
+        )
+
+
+#: What is replaced where second derivatives are wanted.
+_EXACT: dict[tuple[Any, str], Callable[..., Any]] = {
+    # Keras' normalization layers call it. It computes its variance around
+    # `stop_gradient(mean)`: the gradient is exact, the Hessian is not, and it is still
+    # symmetric, so nothing looks wrong.
+    (tf.nn, "moments"): _exact_moments,
+    (tf.nn, "ctc_loss"): _exact_ctc_loss,
+    # A gather's gradient is sparse. Gradients of gradients (of tanh, sigmoid, sqrt)
+    # multiply and divide it by something, as if it were dense.
+    (tf.IndexedSlices, "__mul__"): lambda x, y: tf.convert_to_tensor(x) * y,
+    (tf.IndexedSlices, "__truediv__"): lambda x, y: tf.convert_to_tensor(x) / y,
+}
 
 
 # Tensors and places

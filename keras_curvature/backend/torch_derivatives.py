@@ -21,6 +21,7 @@ from keras_curvature.backend.contract import (
     NotTwiceDifferentiable,
     Tensor,
 )
+from keras_curvature.backend.ctc import ctc_loss
 
 
 def gradient(
@@ -275,8 +276,9 @@ def _watch(node: Any, caveats: set[Caveat]) -> Callable[[Any, Any], None]:
 def twice_differentiable() -> Iterator[None]:
     """See the contract.
 
-    Fused attention and cuDNN's recurrent layers have no second derivative; their
-    plain versions run instead. TF32, whose products are good to three digits, is off.
+    Fused attention, cuDNN's recurrent layers and the kernel of the CTC loss have no
+    second derivative; plain versions run instead. TF32, whose products are good to
+    three digits, is off.
     """
     functional, recurrent = torch.nn.functional, torch._VF
     with contextlib.ExitStack() as stack:
@@ -289,7 +291,31 @@ def twice_differentiable() -> Iterator[None]:
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             call = _inside(_without_cudnn, getattr(recurrent, name))
             stack.enter_context(_replaced(recurrent, name, call))
+        call = _plain_ctc_loss(functional.ctc_loss)
+        stack.enter_context(_replaced(functional, "ctc_loss", call))
         yield
+
+
+def _plain_ctc_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.nn.functional.ctc_loss`, plain where it is asked for as Keras does."""
+
+    def call(
+        log_probs: Tensor,
+        targets: Tensor,
+        input_lengths: Tensor,
+        target_lengths: Tensor,
+        blank: int = 0,
+        reduction: str = "mean",
+        zero_infinity: bool = False,
+    ) -> Tensor:
+        lengths = input_lengths, target_lengths
+        if targets.ndim != 2 or reduction != "none" or zero_infinity:
+            return original(
+                log_probs, targets, *lengths, blank, reduction, zero_infinity
+            )
+        return ctc_loss(log_probs, targets, target_lengths, input_lengths, blank)
+
+    return call
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:

@@ -296,6 +296,26 @@ def test_exact_moments_have_second_derivatives():
     assert not np.allclose(product(), expected)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"logits_time_major": False}, {"blank_index": -1}, {"blank_index": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ctc_loss_has_the_values_of_the_original(sparse, arguments):
+    labels = tf.constant([[2, 3, 3], [3, 2, 0]])
+    if sparse:
+        labels = tf.sparse.from_dense(labels)
+        arguments = {"blank_index": 0} | arguments
+    x = tf.constant(np.random.default_rng(0).standard_normal((6, 6, 5)), tf.float32)
+    x = x[:, :2] if arguments.get("logits_time_major", True) else x[:2]
+    lengths = None if sparse else tf.constant([3, 2]), tf.constant([6, 4])
+    expected = tf.nn.ctc_loss(labels, x, *lengths, **arguments)
+    with backend.twice_differentiable():
+        actual = tf.nn.ctc_loss(labels, x, *lengths, **arguments)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 @pytest.fixture
 def tensor_float_32():
     """TF32 is on, as it is by default."""
@@ -305,15 +325,22 @@ def tensor_float_32():
 
 
 def test_what_is_changed_is_restored(tensor_float_32):
-    original = tf.nn.moments
+    def changed():
+        slices = (
+            vars(tf.IndexedSlices).get(name) for name in ("__mul__", "__truediv__")
+        )
+        return [tf.nn.moments, tf.nn.ctc_loss, *slices]
+
+    originals = changed()
     with backend.twice_differentiable():
         with backend.twice_differentiable():
             pass
-        assert tf.nn.moments is not original and not tensor_float_32()
-    assert tf.nn.moments is original and tensor_float_32()
+        assert all(a is not b for a, b in zip(changed(), originals, strict=True))
+        assert not tensor_float_32()
+    assert changed() == originals and tensor_float_32()
     with pytest.raises(RuntimeError), backend.twice_differentiable():
         raise RuntimeError
-    assert tf.nn.moments is original and tensor_float_32()
+    assert changed() == originals and tensor_float_32()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with backend.twice_differentiable():
         pass

@@ -368,6 +368,29 @@ def test_fused_attention_is_replaced(loss):
         product(loss, x)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"reduction": "none"},
+        {"blank": 2, "reduction": "none"},
+        {},
+        {"reduction": "sum"},
+    ],
+    ids=str,
+)
+def test_ctc_loss_has_the_values_of_the_original(arguments):
+    """Plain for the arguments that Keras hands over, else the original itself."""
+    x = numbers(6, 2, 5).log_softmax(-1)
+    labels, lengths = (
+        torch.tensor([[1, 3, 3], [3, 1, 0]]),
+        torch.tensor([[6, 4], [3, 2]]),
+    )
+    expected = functional.ctc_loss(x, labels, *lengths, **arguments)
+    with backend.twice_differentiable():
+        actual = functional.ctc_loss(x, labels, *lengths, **arguments)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
 def test_recurrent_layers_run_without_cudnn(layer):
     module, x, seen = layer(2, 2), torch.ones(3, 1, 2), []
