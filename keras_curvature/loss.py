@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -96,6 +97,7 @@ class TrainingLoss:
         self.mode = MODES[training]
         self.is_compiled = loss_fn is None
         self._loss_fn = loss_fn
+        self._warned: set[tuple[type, str]] = set()
         self._build(batch)
         self.variables = tuple(
             model.trainable_variables if variables is None else variables
@@ -164,6 +166,7 @@ class TrainingLoss:
         x, y, sample_weight = batch
         with contextlib.ExitStack() as stack:
             stack.enter_context(_random_state_at_rest())
+            stack.enter_context(_warning_once(self._warned))
             stack.enter_context(keras_internals.losses_at_rest(self.model))
             stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
             if self.training is None:
@@ -509,3 +512,27 @@ def _random_state_at_rest() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _warning_once(warned: set[tuple[type, str]]) -> Iterator[None]:
+    """Layers and losses warn each time that they are traced: once is enough.
+
+    Not by `warnings.catch_warnings`, after which Python forgets what it has warned of
+    anywhere, so that everything is warned of again.
+
+    Args:
+        warned: category and text of the warnings so far; is added to.
+    """
+    original = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **line: Any) -> None:
+        if (category, str(message)) not in warned:
+            warned.add((category, str(message)))
+            original(message, category, *where, **line)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = original

@@ -1,6 +1,7 @@
 """The training loss as a pure function, on every backend."""
 
 import random
+import warnings
 
 import cases
 import keras
@@ -357,3 +358,25 @@ def test_variables_of_tensorflow():
 def test_parameters_that_are_refused(parameters):
     with pytest.raises((ValueError, TypeError)):
         FunctionLoss(lambda p: ops.sum(backend.array(1.0)), parameters)
+
+
+def test_what_keras_warns_of_is_told_once():
+    """Keras says in each trace that the inputs are not nested as the model's."""
+    inputs = {name: layers.Input((3,), name=name) for name in ("a", "b")}
+    outputs = layers.Dense(1)(layers.Add()(list(inputs.values())))
+    model = cases.functional(inputs, outputs)
+    x, y = [cases._numbers(4, 3), cases._numbers(4, 3, seed=1)], np.ones((4, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        loss, batch = made(cases.Case(model, x, y))
+        told = [str(w.message) for w in caught if w.category is UserWarning]
+        assert any("structure of `inputs`" in text for text in told)
+        value(loss, batch)
+        value(loss, batch)
+        again = [str(w.message) for w in caught if w.category is UserWarning]
+        assert again == told and warnings.showwarning is shown
+        # Another loss tells its user once more.
+        made(cases.Case(model, x, y))
+        again = [str(w.message) for w in caught if w.category is UserWarning]
+        assert len(again) > len(told)
