@@ -105,12 +105,13 @@ def diagonal(recording: LayerRecording, variables: list[int]) -> dict[int, Tenso
 
 
 def _parted(shifts: dict[Place, Tensor], flat: Tensor) -> dict[Place, Tensor]:
-    """Rows `(N, ...)` of several shifts side by side, taken apart again."""
+    """Rows of several shifts side by side, apart again and each in its own type."""
     parts, start = {}, 0
     for place, shift in shifts.items():
         width = math.prod(shift.shape[1:])
         part = flat[:, start : start + width]
-        parts[place] = ops.reshape(part, (ops.shape(flat)[0], *shift.shape[1:]))
+        part = ops.reshape(part, (ops.shape(flat)[0], *shift.shape[1:]))
+        parts[place] = ops.cast(part, shift.dtype)
         start += width
     return parts
 
@@ -137,8 +138,12 @@ def departure(recording: LayerRecording, key: Tensor) -> tuple[list[Tensor], Ten
     product = recording.product(probed, probed)(v)
     residual = recording.residual().product(probed, probed)(v)
     # With w independent of v, all entries of the matrices count, the diagonal too.
+    # Variables and layers may differ in their types.
     left, whole = (
-        sum(ops.sum(ops.square(d)) for d in recording.diagonal(w, u))
+        sum(
+            ops.cast(ops.sum(ops.square(d)), backend.wide_float())
+            for d in recording.diagonal(w, u)
+        )
         for u in (residual, product)
     )
     noise = ops.where(whole > 0, left / ops.where(whole > 0, whole, 1), float("inf"))
@@ -176,4 +181,5 @@ def _relative(difference: Tensor, *terms: Tensor) -> Tensor:
     scale = ops.max(ops.stack([ops.max(ops.abs(t)) for t in terms]))
     size = ops.max(ops.abs(difference))
     relative = size / ops.where(scale > 0, scale, 1)
-    return ops.where(scale > 0, relative, ops.cast(size > 0, size.dtype))
+    relative = ops.where(scale > 0, relative, ops.cast(size > 0, size.dtype))
+    return ops.cast(relative, backend.wide_float())
