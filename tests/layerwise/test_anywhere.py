@@ -176,6 +176,24 @@ def test_a_layer_that_is_called_on_a_constant():
     close(op.flatten(diagonal.value), np.diag(op.to_dense()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_is_used_in_reverse(tied):
+    """In both ways with a table for each; only in reverse with one."""
+    table = layers.ReversibleEmbedding(5, 3, tie_weights=tied, mask_zero=True)
+    x, inputs = cases._numbers(3, 4, 3), layers.Input((4, 3))
+    if not tied:
+        x = np.array([[1, 2, 3, 4], [2, 2, 0, 0], [4, 0, 0, 0]])
+        inputs = layers.Input((4,), dtype="int32")
+    hidden = inputs if tied else table(inputs)
+    outputs = table(layers.Dense(3, activation="tanh")(hidden), reverse=True)
+    model = cases.functional(inputs, outputs, cases._cross_entropy())
+    op = kc.HessianOperator(model, x, cases._labels((3, 4), 5))
+    coverage = op.evaluation.once(find_structure).coverage
+    assert set(coverage.values()) == {"layer outputs"}
+    diagonal = kc.hessian_diagonal(op, method="exact")
+    close(op.flatten(diagonal.value), np.diag(op.to_dense()))
+
+
 def test_batches_of_other_lengths_than_the_first():
     inputs = layers.Input((None, 2))
     hidden = layers.Dense(3, activation="tanh")(inputs)

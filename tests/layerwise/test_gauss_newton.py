@@ -338,3 +338,21 @@ def test_the_limit_of_passes_is_that_of_the_call(float64):
 def test_too_many_backward_passes_are_refused(float64):
     with pytest.raises(ValueError, match="takes 15 backward passes.*num_matvecs"):
         kc.hessian_diagonal(*words()[:3], method="gauss_newton", max_matvecs=14)
+
+
+def test_layers_of_several_types(float64):
+    """Without a curved activation nothing is left to samples beside the exact part."""
+    model = cases.sequential(
+        layers.Input((3,)),
+        layers.Dense(3, activation="relu"),
+        layers.Dense(2, activation="relu", dtype="float32"),
+        layers.Dense(2),
+    )
+    op = kc.HessianOperator(model, cases._numbers(4, 3), cases._numbers(4, 2, seed=1))
+    expected = np.diag(op.to_dense())
+    diagonal = kc.hessian_diagonal(
+        op, method="layerwise", num_matvecs=2, control_variate=True
+    )
+    np.testing.assert_allclose(
+        op.flatten(diagonal.value), expected, rtol=0, atol=1e-6 * expected.max()
+    )
