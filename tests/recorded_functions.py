@@ -5,7 +5,6 @@ that the judge shares nothing with what is judged: no operation, and no derivati
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -297,45 +296,5 @@ def message_passing():
         received = np.tanh(received)
         np.add.at(sizes, sources, received[targets] ** 2)
         return np.sum(np.sqrt(sizes + 1.0)), {"received": received}
-
-    return recorded, twin
-
-
-@_function({"kernel": numbers(2, 3)})
-def ctc():
-    """A label twice, another sequence and fewer labels, no label at all."""
-    labels = np.array([[1, 1], [2, 0], [0, 0]], "int32")
-    label_lengths, lengths = np.array([2, 1, 0]), np.array([4, 3, 4])
-    x = numbers(3, 4, 2, seed=1)
-
-    def recorded(p):
-        losses = ops.ctc_loss(
-            labels,
-            like(x, p["kernel"]) @ p["kernel"],
-            label_lengths.astype("int32"),
-            lengths.astype("int32"),
-            mask_index=0,
-        )
-        return ops.sum(losses**2), {"losses": losses}
-
-    def read(path):
-        """The labels of a path: repetitions, then blanks, are left out."""
-        return [symbol for symbol, _ in itertools.groupby(path) if symbol]
-
-    def twin(p):
-        z = x @ p["kernel"]
-        log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-        losses = []
-        for row, label, size, length in zip(
-            log_p, labels, label_lengths, lengths, strict=True
-        ):
-            paths = itertools.product(range(3), repeat=int(length))
-            total = sum(
-                np.exp(row[np.arange(length), path].sum())
-                for path in map(list, paths)
-                if read(path) == list(label[:size])
-            )
-            losses.append(-np.log(total))
-        return np.sum(np.square(losses)), {"losses": np.array(losses)}
 
     return recorded, twin

@@ -33,7 +33,7 @@ def ctc_loss(
         blank: number of the symbol that stands for none.
 
     Returns:
-        Tensor `(N,)`.
+        Tensor `(N,)`; infinite where there is no way to align them.
     """
     steps, samples = ops.shape(log_probabilities)[:2]
     # A blank before, between and after the labels: the states that are passed through.
@@ -71,4 +71,7 @@ def ctc_loss(
     # At the end the last label, or the blank after it.
     last = 2 * ops.cast(label_lengths, "int32")[:, None]
     ends = (number == last) | (number == last - 1)
-    return -ops.logsumexp(ops.where(ends, log_alpha, none), axis=1)
+    log_probability = ops.logsumexp(ops.where(ends, log_alpha, none), axis=1)
+    # Fewer steps than labels: impossible, which the kernels call infinite as well.
+    possible = log_probability > _LOG_ZERO / 2
+    return ops.where(possible, -log_probability, float("inf"))
