@@ -79,7 +79,8 @@ class TrainingLoss:
         findings: what is known of the gradient, variables named by number.
 
     Raises:
-        ValueError: if the model has no loss, or no variables to differentiate by.
+        ValueError: if the model has no loss, no variables to differentiate by, or
+            layers in float8.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TrainingLoss:
         self._loss_fn = loss_fn
         self._warned: set[tuple[type, str]] = set()
         self._build(batch)
+        _check_gradients(model)
         self.variables = tuple(
             model.trainable_variables if variables is None else variables
         )
@@ -416,6 +418,21 @@ def _check(model: Any, loss_fn: Any, variables: Any) -> None:
                 "`model.layers[0].trainable_variables`. Received: an element "
                 f"of type {type(variable).__name__}."
             )
+
+
+def _check_gradients(model: Any) -> None:
+    overwritten = [
+        v.path
+        for v in model.trainable_variables
+        if getattr(v, "overwrite_with_gradient", False)
+    ]
+    if overwritten:
+        raise ValueError(
+            f"The model {model.name!r} trains in float8: its layers round gradients, "
+            "and hand over new scales in the place of some, so that there is nothing "
+            f"to differentiate once more. Received: {overwritten[0]!r} and "
+            f"{len(overwritten) - 1} other scales. Probe a model in another type."
+        )
 
 
 def _takes_training(compute_loss: Callable[..., Any]) -> bool:

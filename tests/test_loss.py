@@ -297,6 +297,10 @@ def test_refused_models():
             made(case._replace(model=without))
     with pytest.raises(ValueError, match="not compiled"):
         TrainingLoss(keras.Sequential([layers.Dense(2)]), batch)
+    rounded = cases.mlp_tanh()
+    rounded.model.layers[0].quantize("float8")
+    with pytest.raises(ValueError, match="float8.*inputs_scale.* and 5 other scales"):
+        made(rounded)
     frozen = cases.mlp_tanh()
     frozen.model.trainable = False
     with pytest.raises(ValueError, match="nothing to differentiate by"):
