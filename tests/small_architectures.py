@@ -231,7 +231,7 @@ def resnet():
     return _sees(
         keras_hub.models.ResNetBackbone(
             image_shape=(8, 8, 1),
-            input_conv_filters=[2],
+            input_conv_filters=[64],
             input_conv_kernel_sizes=[3],
             stackwise_num_filters=[64],
             stackwise_num_blocks=[1],

@@ -83,7 +83,8 @@ def test_products_are_differences_of_the_gradient(name):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Nothing has to be compiled on PyTorch.")
-@pytest.mark.parametrize("name", QUICK)
+# The largest two have nothing that the others lack.
+@pytest.mark.parametrize("name", [n for n in QUICK if n not in ("t5", "unet")])
 def test_diagonals_are_those_of_the_matrix(name):
     op = operator(name)
     dense = op.to_dense().astype("float64")
