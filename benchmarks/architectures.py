@@ -23,7 +23,6 @@ import keras
 import measure
 import numpy as np
 import small_architectures as small
-from keras import ops
 
 import keras_curvature as kc
 
@@ -71,21 +70,6 @@ def made(name):
     return cases.Case(model, cases._numbers(2, size, size, 3), cases._labels(2, 3))
 
 
-def differences(op, direction, step):
-    """`H v` by differences of the gradient, of fourth order."""
-    at = [v.numpy() for v in op.variables]
-    norm, slopes = np.linalg.norm(direction), {}
-    moves = op.split(direction / norm)
-    for k in (-2, -1, 1, 2):
-        for variable, value, move in zip(op.variables, at, moves, strict=True):
-            variable.assign(value + k * step * move)
-        slopes[k] = ops.convert_to_numpy(op.value_and_gradient()[1])
-    for variable, value in zip(op.variables, at, strict=True):
-        variable.assign(value)
-    near, far = slopes[1] - slopes[-1], slopes[2] - slopes[-2]
-    return (8 * near - far) / (12 * step) * norm
-
-
 def timed(function):
     """What a function returns, and the seconds that it took."""
     start = time.perf_counter()
@@ -103,7 +87,7 @@ def row(name):
         v = np.random.default_rng(0).standard_normal(op.shape[0])
         _, gradient_seconds = timed(op.value_and_gradient)
         product, product_seconds = timed(lambda: op @ v)
-        expected = differences(op, v, 2e-2 if name in small.ROUNDED else 1e-5)
+        expected = small.differences(op, v, 2e-2 if name in small.ROUNDED else 1e-5)
         little, trace, trace_seconds = op.shape[0] <= DENSE, None, None
         if little or name in SAMPLED:
             trace, trace_seconds = timed(

@@ -26,6 +26,35 @@ def _classifier(inputs, outputs):
     return cases.functional(inputs, layers.Dense(3)(outputs), cases._cross_entropy())
 
 
+def differences(op, direction, step):
+    """`H v` by differences of the gradient, of fourth order.
+
+    Args:
+        op: a `HessianOperator`.
+        direction: flat vector v.
+        step: length of the steps along it; rounding grows with their inverse, and
+            truncation with their fourth power.
+    """
+
+    def numpy_of(x):
+        return np.asarray(ops.convert_to_numpy(x)).astype("float64")
+
+    at, norm, slopes = (
+        [numpy_of(v) for v in op.variables],
+        np.linalg.norm(direction),
+        {},
+    )
+    moves = op.split(direction / norm)
+    for k in (-2, -1, 1, 2):
+        for variable, value, move in zip(op.variables, at, moves, strict=True):
+            variable.assign(value + k * step * move)
+        slopes[k] = numpy_of(op.value_and_gradient()[1])
+    for variable, value in zip(op.variables, at, strict=True):
+        variable.assign(value)
+    near, far = slopes[1] - slopes[-1], slopes[2] - slopes[-2]
+    return (8 * near - far) / (12 * step) * norm
+
+
 # keras-hub: language
 
 #: One block, narrow.

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from small_architectures import ARCHITECTURES, ROUNDED
+from small_architectures import ARCHITECTURES, ROUNDED, differences
 
 import keras_curvature as kc
 
@@ -49,25 +49,6 @@ def _float():
 def operator(name):
     case = ARCHITECTURES[name]()
     return kc.HessianOperator(case.model, case.x, case.y)
-
-
-def numpy_of(x):
-    return np.asarray(ops.convert_to_numpy(x)).astype("float64")
-
-
-def differences(op, direction, step):
-    """`H v` by differences of the gradient, of fourth order."""
-    at = [numpy_of(v) for v in op.variables]
-    moves = op.split(direction / np.linalg.norm(direction))
-    slopes = []
-    for k in (-2, -1, 1, 2):
-        for variable, value, move in zip(op.variables, at, moves, strict=True):
-            variable.assign(value + k * step * move)
-        slopes.append(numpy_of(op.value_and_gradient()[1]))
-    for variable, value in zip(op.variables, at, strict=True):
-        variable.assign(value)
-    slope = (slopes[0] - 8 * slopes[1] + 8 * slopes[2] - slopes[3]) / (12 * step)
-    return slope * np.linalg.norm(direction)
 
 
 @pytest.mark.parametrize("name", QUICK)
