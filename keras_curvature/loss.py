@@ -10,6 +10,7 @@ a derivative of that function.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import random
@@ -145,6 +146,12 @@ class TrainingLoss:
                 keras_internals.build(model, batch)
             elif not all(layer.built for layer in self.layers()):
                 model(batch[0], training=False)
+
+    def as_in_inference(self) -> "TrainingLoss":
+        """The same loss with `training=False`."""
+        loss = copy.copy(self)
+        loss.training, loss.mode = False, MODES[False]
+        return loss
 
     def layers(self) -> list[Any]:
         """All layers of the model, those inside other layers included."""

@@ -326,6 +326,16 @@ def test_weights_of_samples(reduction, expected):
     assert told(model, X, Y, weights, batch_size=4) == expected
 
 
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_batch_statistics_hide_nothing_and_are_no_fault(reduction):
+    loss = keras.losses.MeanSquaredError(reduction=reduction)
+    stack = layers.Dense(3), layers.BatchNormalization(), layers.Dense(1)
+    model = compiled(layers.Input((3,)), *stack, loss=loss)
+    assert told(model, X, Y, batch_size=4) == (reduction == "sum")
+    op = HessianOperator(model, X, Y, batch_size=4)
+    assert op.evaluation.loss.takes_batch_statistics
+
+
 def test_a_large_penalty_hides_nothing():
     # Of all samples together 1e4, of the masked steps 0.1.
     model = language_model()

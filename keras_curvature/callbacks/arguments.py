@@ -71,6 +71,12 @@ def check_arguments(
         "must be a share of the time between 0 and 1, such as 0.05",
         max_overhead=max_overhead,
     )
+    check(
+        max_overhead is None or not options.get("across_processes"),
+        "must be None with across_processes=True: by the clock, processes would "
+        "probe at different steps",
+        max_overhead=max_overhead,
+    )
     check(on_error in ("warn", "raise"), 'must be "warn" or "raise"', on_error=on_error)
     check(verbose in (0, 1, "auto"), 'must be 0, 1 or "auto"', verbose=verbose)
     check(is_count(seed, 0), "must be a non-negative integer", seed=seed)

@@ -28,6 +28,7 @@ from keras_curvature.callbacks.hand_over import (
 )
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
+from keras_curvature.callbacks.training_loss import RecentLosses
 from keras_curvature.callbacks.sharpness import limit_of_gradient_descent
 from keras_curvature.operators import HessianOperator
 from keras_curvature.tensorboard.writer import CurvatureWriter
@@ -75,7 +76,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     | `…_standard_error` | their standard errors, `None` if unknown |
     | `hessian_max_eigenvalue_error` | norm of the eigenvalue's residual |
     | `hessian_preconditioned_max_eigenvalue` | largest eigenvalue that the optimizer sees; `None` until its bound, `…_error`, is below it |
-    | `stability_threshold` | the curvature above which the optimizer is unstable |
+    | `stability_threshold` | the curvature above which the optimizer is unstable; missing, with a warning, where the probe's loss is far from that of training |
     | `seconds`, `num_matvecs` | what the probe cost |
     | `overhead` | share of the time that probes have taken so far, compilation apart |
     | `variables`, `layers` | lists of dictionaries: statistics of the diagonal, traces and shares of the squared norm |
@@ -198,6 +199,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self._batches_of = NextBatches(*self._probe_data)
         self._data_of = None  # The step whose batch the operator has.
         self._failures = Failures(on_error)
+        self._recent = RecentLosses()
         self._options = options
         self._writer = CurvatureWriter(log_dir, per_variable) if log_dir else None
         self._operator = None
@@ -245,6 +247,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._batch = done
         seen, self._batches = self._batches, self._batches + new
         self._pace.trained(new)
+        self._recent.add(self.model, done, logs)
         if self._passed(seen):
             self._probe()
 
@@ -413,6 +416,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if self.update_freq == "auto" and self._max_overhead is None:
             # What training depends on must not depend on the clock.
             needed = self._measurement.delivers and takes_curvature(model)
+            # Several processes must probe at the same steps.
+            needed = needed or self._options.get("across_processes")
             self._pace.share = None if needed else AUTO_OVERHEAD
         return True
 
@@ -497,6 +502,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record.update(
             self._measurement.take(model, operator, self._pace.num_matvecs, step)
         )
+        apart = self._recent.mismatch(record["loss"])
+        if apart is not None:
+            # What would be said about stability would be about another loss.
+            record.pop("stability_threshold", None)
+            self._failures.tell(apart, "another loss")
         record["optimizer"] = optimizer_figures(model)
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead

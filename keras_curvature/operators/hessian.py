@@ -453,7 +453,14 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
 
 
 def _tell_of_grouping(evaluation: Evaluation) -> None:
-    """Warns where a mean over batches is not the loss of all samples together."""
+    """Warns where a mean over batches is not the loss of all samples together.
+
+    That BatchNormalization takes the statistics of each batch is meant, and the reason
+    why it is compared as in inference.
+    """
+    loss = evaluation.loss
+    if isinstance(loss, TrainingLoss) and loss.takes_batch_statistics:
+        evaluation = Evaluation(loss.as_in_inference(), evaluation.data)
     means = evaluation.differs_by_grouping()
     if means is not None:
         _warn(

@@ -196,6 +196,24 @@ def test_batch_normalization_is_probed_as_it_trains():
     np.testing.assert_allclose(watch.history[-1]["loss"], loss, rtol=1e-5)
 
 
+def test_no_verdict_on_stability_where_the_probe_has_another_loss():
+    x, y = data()
+    model = network()
+    watch = kc.CurvatureMonitor((x, y), 5)
+    elsewhere = kc.CurvatureMonitor((10 + 20 * x, y), 5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, elsewhere, epochs=2)
+    assert sum("last batches of training" in str(w.message) for w in caught) == 1
+    # Before the first step there is nothing to compare with.
+    told = ["stability_threshold" in record for record in elsewhere.history]
+    assert told[0] and not any(told[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(network(), watch, epochs=2)
+    assert all("stability_threshold" in record for record in watch.history)
+
+
 def test_seed_decides_the_figures():
     def figures(seed):
         watch = monitor(num_matvecs=4, diagonal="hutchinson", seed=seed)
