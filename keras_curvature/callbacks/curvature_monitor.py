@@ -28,8 +28,8 @@ from keras_curvature.callbacks.hand_over import (
 )
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
-from keras_curvature.callbacks.training_loss import RecentLosses
 from keras_curvature.callbacks.sharpness import limit_of_gradient_descent
+from keras_curvature.callbacks.training_loss import RecentLosses
 from keras_curvature.operators import HessianOperator
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
