@@ -17,8 +17,6 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 from keras_curvature.tensorboard import summaries
 from keras_curvature.tensorboard.record_format import framed, unframed
 
-# A layer's name and size, for each layer.
-
 _PREFIX = "events.out.tfevents."
 # Readers know the format by this.
 _VERSION = "brain.Event:2"

@@ -59,7 +59,7 @@ def test_the_whole_set_of_tags(tmp_path):
         *(figure.tag for figure in tags.GLOBAL_FIGURES),
         *(end for band in tags.BANDS for end in (band.value, band.lower, band.upper)),
         *(f"{tags.OPTIMIZER}/{x}" for x in monitor.history[0]["optimizer"]),
-        *(tags.HEAT_MAP, tags.LAYER_TABLE),
+        *(tags.HEAT_MAP, tags.LAYER_TABLE, tags.MODE),
         "custom_scalars__config__",
     }
     for layer in layers:
