@@ -8,10 +8,9 @@ import functools
 import math
 
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from keras_curvature import backend
-from keras_curvature.loss import TrainingLoss
 
 #: Figures of the diagonal, in the order in which they are computed.
 _STATISTICS = (
@@ -56,25 +55,6 @@ def scalar_figures(diagonal=None, subspace=None):
                 subspace.residual_norms[largest]
             )
     return figures
-
-
-def mode_of(operator):
-    """How the layers of a model ran, in words.
-
-    Args:
-        operator: the `HessianOperator` that was looked at.
-
-    Returns:
-        One of `loss.MODES`, and how many samples BatchNormalization took its
-        statistics of if it did; `None` for a function that is no model.
-    """
-    loss = operator.evaluation.loss
-    if not isinstance(loss, TrainingLoss):
-        return None
-    if not loss.takes_batch_statistics:
-        return loss.mode
-    size = len(tree.flatten(operator.evaluation.data.first())[0])
-    return f"{loss.mode}, BatchNormalization over {size} samples"
 
 
 def variable_figures(operator, diagonal=None, subspace=None, edges=None):

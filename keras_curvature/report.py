@@ -79,7 +79,7 @@ def curvature_summary(
     for layer in layers:
         layer["variables"] = ", ".join(names[layer["name"]])
     total = {"name": "total", "size": operator.shape[0]}
-    total["mode"] = records.mode_of(operator)
+    total["mode"] = operator.mode
     total.update(records.scalar_figures(diagonal, figures))
     total["off_diagonal_share"] = 1 - sum(layer["block_share"] for layer in layers)
     errors = [layer["block_share_standard_error"] for layer in layers]

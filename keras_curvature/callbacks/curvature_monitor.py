@@ -495,7 +495,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "step": step,
             "epoch": self._epoch,
             "loss": number(operator.loss()).item(),
-            "mode": records.mode_of(operator),
+            "mode": operator.mode,
             "learning_rate": learning_rate(model),
             "two_over_learning_rate": limit_of_gradient_descent(optimizer_of(model)),
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_curvature import backend
 from keras_curvature.backend import Caveat, Tensor
@@ -79,6 +79,7 @@ class HessianOperator:
         variables: what the loss is differentiated by.
         shape: `(P, P)`.
         dtype: NumPy type of the products.
+        mode: how the layers run, in words.
 
     Raises:
         ValueError: for a model without loss or variables, inconsistent data, a data
@@ -243,6 +244,21 @@ class HessianOperator:
     def place(self) -> Any:
         """Where the variables live and the work is done: for `backend.on`."""
         return backend.place_of(self.variables[0])
+
+    @property
+    def mode(self) -> str | None:
+        """How the layers of a model run, in words; `None` for a function.
+
+        As in `"training without noise"`, `"inference"` or `"training"`; and how many
+        samples BatchNormalization takes its statistics of, if it does.
+        """
+        loss = self.evaluation.loss
+        if not isinstance(loss, TrainingLoss):
+            return None
+        if not loss.takes_batch_statistics:
+            return loss.mode
+        size = len(tree.flatten(self.evaluation.data.first())[0])
+        return f"{loss.mode}, BatchNormalization over {size} samples"
 
     def still(self) -> contextlib.AbstractContextManager[None]:
         """A context in which all products are of one matrix; see `Evaluation.still`."""

@@ -561,12 +561,12 @@ def test_compute_loss_overrides(style, float64):
 
     class Keywords(keras.Sequential):
         def compute_loss(self, x, y, y_pred, sample_weight, **kwargs):
-            assert kwargs == {"training": False}
+            assert kwargs == {"training": True}
             return ops.mean(ops.exp(y_pred - y))
 
     class With(keras.Sequential):
         def compute_loss(self, x, y, y_pred, sample_weight, training=True):
-            assert training is False
+            assert training is True
             return ops.mean(ops.exp(y_pred - y))
 
     kind = {"without": Without, "keywords": Keywords, "with": With}[style]
