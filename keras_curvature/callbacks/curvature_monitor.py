@@ -485,7 +485,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if not self._announced:
             self._announced = True
             self._say(
-                f"compiling the first probe ({operator.shape[0]:,} parameters). A "
+                f"preparing the first probe ({operator.shape[0]:,} parameters). A "
                 f"probe takes {self._measurement.cost()}: each about two gradients of "
                 "the probe data"
             )

@@ -351,7 +351,7 @@ def test_lines_do_not_fight_the_progress_bar(verbose, capsys):
             r"[\d.]+s - overhead \d+%",
             line,
         )
-    assert lines[0].startswith("curvature: compiling the first probe (31 parameters)")
+    assert lines[0].startswith("curvature: preparing the first probe (31 parameters)")
     rest = [line for line in lines[1:] if line not in told]
     assert all(re.match(rf"Epoch \d/2$|{BATCHES}/{BATCHES} ", x) for x in rest), rest
     assert len(rest) == (4 if verbose else 0)
@@ -377,7 +377,7 @@ def test_the_wait_for_the_first_probe_is_announced(verbose, of_fit, lines, capsy
     told = [text for text in printed if "curvature" in text]
     assert told == printed[:1] * lines
     for line in told:
-        assert "compiling the first probe (31 parameters)" in line
+        assert "preparing the first probe (31 parameters)" in line
         assert "3 products with the Hessian: each about two gradients" in line
     assert "curvature" not in capsys.readouterr().out.replace("hessian", "")
 

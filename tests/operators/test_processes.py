@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -56,6 +57,23 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for name, value in expected.items():
         np.testing.assert_array_equal(first[name], second[name])
         np.testing.assert_allclose(first[name], value, rtol=2e-4, atol=1e-6)
+
+
+@only_torch
+def test_the_example():
+    example = TESTS.parent / "examples" / "distributed_torch.py"
+    done = subprocess.run(
+        [sys.executable, example, "--steps", "20"],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"say (\S+) and (\S+); one process alone (\S+)\.\n", done.stdout)
+    first, second, alone = map(float, found.groups())
+    assert first == second == pytest.approx(alone, rel=1e-4)
 
 
 def test_processes_that_were_not_set_up_are_refused():
