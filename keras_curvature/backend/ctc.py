@@ -41,7 +41,7 @@ def ctc_loss(
     blanks = ops.full_like(labels, blank)
     states = ops.reshape(ops.stack([blanks, labels], axis=2), (samples, -1))
     states = ops.concatenate([states, ops.full((samples, 1), blank, "int32")], axis=1)
-    count = 2 * labels.shape[1] + 1
+    count = 2 * ops.shape(labels)[1] + 1
 
     def back(x: Tensor, by: int, fill: Any) -> Tensor:
         first = ops.full((samples, by), fill, x.dtype)
@@ -52,26 +52,22 @@ def ctc_loss(
     emitted = ops.take_along_axis(
         log_probabilities, ops.broadcast_to(states[None], (steps, samples, count)), 2
     )
-    counts = (
-        ops.arange(steps, dtype="int32")[:, None, None]
-        < ops.cast(lengths, "int32")[:, None]
-    )
+    lengths = ops.cast(lengths, "int32")[:, None]
 
-    def step(log_alpha: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        emitted, counts = now
+    def step(t: Any, log_alpha: Tensor) -> Tensor:
         skipped = ops.where(skips, back(log_alpha, 2, _LOG_ZERO), _LOG_ZERO)
         ways = ops.stack([log_alpha, back(log_alpha, 1, _LOG_ZERO), skipped])
-        moved = ops.logsumexp(ways, axis=0) + emitted
-        return ops.where(counts, moved, log_alpha), None
+        moved = ops.logsumexp(ways, axis=0) + emitted[t]
+        return ops.where(t < lengths, moved, log_alpha)
 
     number = ops.arange(count, dtype="int32")[None]
     none = ops.full_like(emitted[0], _LOG_ZERO)
     log_alpha = ops.where(number == 0, ops.zeros_like(none), none)
-    log_alpha, _ = ops.scan(step, log_alpha, (emitted, counts))
+    log_alpha = ops.fori_loop(0, steps, step, log_alpha)
     # At the end the last label, or the blank after it.
     last = 2 * ops.cast(label_lengths, "int32")[:, None]
     ends = (number == last) | (number == last - 1)
     log_probability = ops.logsumexp(ops.where(ends, log_alpha, none), axis=1)
-    # Fewer steps than labels: impossible, which the kernels call infinite as well.
+    # There may be too few steps for the labels.
     possible = log_probability > _LOG_ZERO / 2
     return ops.where(possible, -log_probability, float("inf"))

@@ -316,6 +316,20 @@ def test_ctc_loss_has_the_values_of_the_original(sparse, arguments):
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+def test_ctc_loss_of_sequences_that_vary_in_length():
+    x = tf.constant(np.random.default_rng(0).standard_normal((6, 2, 5)), tf.float32)
+    case = tf.constant([[2, 3, 3], [3, 2, 0]]), x, [3, 2], [6, 4]
+
+    def loss(labels, x, label_lengths, lengths):
+        return tf.nn.ctc_loss(labels, x, label_lengths, lengths, blank_index=0)
+
+    ints = tf.TensorSpec((None, None), tf.int32), tf.TensorSpec((None,), tf.int32)
+    signature = [ints[0], tf.TensorSpec((None, None, 5)), ints[1], ints[1]]
+    with backend.twice_differentiable():
+        actual = tf.function(loss, input_signature=signature)(*case)
+    np.testing.assert_allclose(actual, loss(*case), rtol=1e-5)
+
+
 @pytest.fixture
 def tensor_float_32():
     """TF32 is on, as it is by default."""
