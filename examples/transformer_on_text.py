@@ -120,7 +120,7 @@ def draw(history, eigenvalues, path):
 
     # Adam has no preconditioner before its first step.
     key = "hessian_preconditioned_max_eigenvalue"
-    # None where four products had not found it yet, which leaves a gap.
+    # None where it was not found in time, which leaves a gap.
     seen = np.array([record[key] for record in history[1:]], float)
     bound = np.array([record[f"{key}_error"] for record in history[1:]])
     limits = [record["stability_threshold"] for record in history]

@@ -34,7 +34,7 @@ FINDINGS = {
     "laplace.py": r"\n  Laplace +9\d\.\d% +[67]\d",
     "quantisation.py": r"correlation of logarithms: 0\.9",
     "custom_train_step.py": r"\n  decoder/pixels +\d",
-    "transformer_on_text.py": r" 240 +\d\.\d+ +\d+\.\d +\d+%\n\n(.*\n)+  norm3 +96 ",
+    "transformer_on_text.py": r" \d+0 +\d\.\d+ +\d+\.\d +\d+%\n(.*\n)+  norm3 +96 ",
     "edge_of_stability.py": r"λ₀ = [23]\.\d+: stable",
 }
 

@@ -112,7 +112,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         preconditioned: whether to follow the largest eigenvalue of the Hessian that
             the optimizer sees, `D^{-1/2} H D^{-1/2}`, where its diagonal
             preconditioner D is known (Adam, AdamW, RMSprop, DiagonalNewton).
-            Takes 4 products.
+            Takes 4 products, up to 12 where they have not found it yet.
         spectral_density: whether the density of all eigenvalues is estimated at every
             probe, or at every n-th for a number n; TensorBoard shows it as an image.
             Takes 64 products (32 Lanczos steps from each of 2 random vectors) and
