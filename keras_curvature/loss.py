@@ -113,18 +113,6 @@ class TrainingLoss:
         self.layout = layout_of(self.variables)
         self._others: tuple[Any, ...] = ()
         self.findings, self._others, updated = _look(self, batch)
-        if (
-            self.is_compiled
-            and keras_internals.compiled_loss_of(model) is None
-            and len(self.findings.unconnected) == len(self.variables)
-        ):
-            # On JAX, Keras then takes the loss for zero.
-            raise ValueError(
-                f"The model {model.name!r} has no loss: it was compiled without one, "
-                "and its layers add none. Compile it with `loss=`, or pass `loss_fn=`, "
-                "a function `loss_fn(model, x, y)`, as for a model with a "
-                "`train_step` of its own."
-            )
         self.takes_batch_statistics = any(
             isinstance(layer, keras.layers.BatchNormalization)
             and id(layer.moving_mean) in updated
@@ -136,8 +124,8 @@ class TrainingLoss:
         # Drawing seeds while building is what training would have done a little later.
         with keras_internals.losses_at_rest(model):
             if self._loss_fn is None:
-                own_loss = type(model).compute_loss is not keras.Model.compute_loss
-                if batch[1] is None and model.loss is not None and not own_loss:
+                needed = model.loss is not None and not _has_own_loss(model)
+                if batch[1] is None and needed:
                     raise ValueError(
                         f"The loss that the model {model.name!r} was compiled with "
                         "needs targets. Received: y=None. Pass `y`, or a data set of "
@@ -189,6 +177,15 @@ class TrainingLoss:
     def _compiled_loss(self, x: Any, y: Any, sample_weight: Any) -> Tensor:
         model, training = self.model, self.training is not False
         y_pred = model(x, training=training)
+        given = keras_internals.compiled_loss_of(model) is not None or model.losses
+        if not given and not _has_own_loss(model):
+            # On JAX, Keras takes the loss for zero then.
+            raise ValueError(
+                f"The model {model.name!r} has no loss: it was compiled without one, "
+                "and its layers add none. Compile it with `loss=`, or pass `loss_fn=`, "
+                "a function `loss_fn(model, x, y)`, as for a model with a "
+                "`train_step` of its own."
+            )
         arguments = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
         if _takes_training(model.compute_loss):
             arguments["training"] = training
@@ -440,6 +437,11 @@ def _check_gradients(model: Any) -> None:
             f"to differentiate once more. Received: {overwritten[0]!r} and "
             f"{len(overwritten) - 1} other scales. Probe a model in another type."
         )
+
+
+def _has_own_loss(model: Any) -> bool:
+    """Whether a model computes its loss in another way than Keras does."""
+    return type(model).compute_loss is not keras.Model.compute_loss
 
 
 def _takes_training(compute_loss: Callable[..., Any]) -> bool:
