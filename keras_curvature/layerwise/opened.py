@@ -10,6 +10,7 @@ the places is told apart from what the variables do elsewhere (penalties, other 
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,7 @@ def _opened(
     def run(x: Any, *args: Any, **kwargs: Any) -> Any:
         return original(x, *args, **kwargs)
 
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         if backend.current_trace() != trace:
             return original(*args, **kwargs)

@@ -22,6 +22,7 @@ from keras_curvature.layerwise import (
     LayerwiseDiagonal,
     find_structure,
 )
+from keras_curvature.layerwise.rules import rule_for
 
 BACKEND = keras.backend.backend()
 
@@ -146,6 +147,28 @@ def test_samples_interact_in_batch_normalization():
     model, x, y, *_ = cases.batch_norm_training()
     one = kc.HessianOperator(model, x[:1], y[:1], training=True)
     assert one.evaluation.once(find_structure).samples_interact
+
+
+def test_noise_is_still_in_a_layer_with_a_rule_of_its_user():
+    class Noisy(layers.Dense):
+        def __init__(self, units):
+            super().__init__(units)
+            self.seeds = keras.random.SeedGenerator(0)
+
+        def call(self, x, training=False):
+            z = super().call(x)
+            return z + keras.random.normal(z.shape, seed=self.seeds) * int(training)
+
+    kc.register_layer_rule(Noisy)(type(rule_for(layers.Dense(1))))
+    keras.utils.set_random_seed(0)
+    stack = Noisy(4), layers.Activation("tanh"), layers.Dense(2)
+    model = cases.sequential(layers.Input((3,)), *stack)
+    op = kc.HessianOperator(model, *[cases._numbers(5, n, seed=n) for n in (3, 2)])
+    structure = op.evaluation.once(find_structure)
+    assert len(structure.uses) == 2
+    exact = kc.hessian_diagonal(op, method="exact", verbose=False).value
+    expected = np.diag(op.to_dense())
+    np.testing.assert_allclose(op.flatten(exact), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gauss_newton():
