@@ -6,6 +6,7 @@ medians of what follows.
 
     python benchmarks/large_models.py                     # all
     python benchmarks/large_models.py ResNet-50 jax       # one
+    python benchmarks/large_models.py --products          # without probes
 """
 
 import json
@@ -76,13 +77,13 @@ NETWORKS = {
 }
 
 
-def run(networks=tuple(NETWORKS), backends=BACKENDS):
+def run(networks=tuple(NETWORKS), backends=BACKENDS, options=()):
     """Measures networks on backends; returns a list of rows."""
     rows = []
     for network in networks:
         for backend in backends:
             done = subprocess.run(
-                [sys.executable, __file__, "--work", network],
+                [sys.executable, __file__, "--work", network, *options],
                 env={**os.environ, "KERAS_BACKEND": backend},
                 check=True,
                 stdout=subprocess.PIPE,
@@ -93,7 +94,7 @@ def run(networks=tuple(NETWORKS), backends=BACKENDS):
     return rows
 
 
-def work(network):
+def work(network, probes=True):
     """Measures one network in this process; returns a row."""
     import keras
     import measure
@@ -129,18 +130,26 @@ def work(network):
     )
     row["gradient s"] = seconds["gradient"]
     row["product / gradient"] = seconds["product"] / seconds["gradient"]
-    before = _peak()
+    row["peak GiB"] = _peak()
+    return row | _probes(model, fit, seconds["product"]) if probes else row
+
+
+def _probes(model, fit, product):
+    """What probes of the default monitor cost, and the memory they need."""
+    import keras_curvature as kc
+
+    x, y = fit["x"], fit["y"]
     monitor = kc.CurvatureMonitor((x, y), update_freq=1, on_error="raise")
     model.fit(**fit, callbacks=[monitor])
     model.fit(**fit, callbacks=[monitor], epochs=3)
     probes = [record["seconds"] for record in monitor.history]
     steady = sorted(probes[2:])[len(probes[2:]) // 2]
     products = monitor.history[-1]["num_matvecs"]
-    row["first probe s"] = probes[0]
-    row["probe / its products"] = steady / (products * seconds["product"])
-    row["peak GiB before"] = before
-    row["peak GiB"] = _peak()
-    return row
+    return {
+        "first probe s": probes[0],
+        "probe / its products": steady / (products * product),
+        "peak GiB with probes": _peak(),
+    }
 
 
 def _seconds(function):
@@ -156,11 +165,13 @@ def _peak():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        print(json.dumps(work(sys.argv[2])))
+        print(json.dumps(work(sys.argv[2], "--products" not in sys.argv)))
     else:
         import measure
 
         chosen = [a for a in sys.argv[1:] if a in NETWORKS] or tuple(NETWORKS)
-        results = run(chosen, [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS)
+        backends = [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS
+        options = [a for a in sys.argv[1:] if a == "--products"]
+        results = run(chosen, backends, options)
         measure.save("large_models", results)
         measure.print_table("Networks of real size", results)

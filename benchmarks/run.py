@@ -14,6 +14,7 @@ BENCHMARKS = (
     "spectrum_peers",
     "memory",
     "overhead",
+    "large_models",
     "architectures",
 )
 
