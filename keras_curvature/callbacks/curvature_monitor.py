@@ -409,6 +409,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 with self._failures.survived(lambda: "Looking at the model"):
                     raise
         self._measurement.renew()
+        self._recent = RecentLosses()
         self._announced = False
         # Building may have created the variables.
         self._operator_of = (*of[:2], *model.trainable_variables)

@@ -198,12 +198,10 @@ def test_compiled_anew():
     model, watch = network(optimizer=newton()), watch_exactly(5)
     fit(model, watch)
     before, first = watch.operator, watch.history[-1]["loss"]
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-    model.compile(newton(), loss)
+    model.compile(newton(), model.loss, loss_weights=[40.0])
     fit(model, watch, epochs=1)
     assert watch.operator is not before
     assert steps(watch) == [0, 5, 10, 0, 5, 10]
-    # The probe is 40 samples, which the new loss adds up.
     np.testing.assert_allclose(watch.history[3]["loss"], 40 * first, rtol=1e-5)
     assert model.optimizer.curvature_updates == 3
 
