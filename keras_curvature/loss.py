@@ -147,7 +147,7 @@ class TrainingLoss:
 
     def state(self) -> State:
         """The present values of all variables."""
-        return _state(self.variables, self._others)
+        return _state(self.variables, self._others, self.layout)
 
     def __call__(self, state: State, batch: Batch) -> Tensor:
         """The scalar loss; pure, so that it may be compiled.
@@ -241,7 +241,7 @@ class FunctionLoss:
         if self._native is not None:
             # The function reads them itself.
             return State(list(self.variables), [])
-        return _state(self.variables, self._others)
+        return _state(self.variables, self._others, self.layout)
 
     def move_to(self, parameters: Any) -> None:
         """Takes other values of the parameters, in the same structure.
@@ -347,11 +347,9 @@ def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...], set[int]
     return findings, tuple(read), updated
 
 
-def _state(variables: Sequence[Any], others: Sequence[Any]) -> State:
-    values = [
-        backend.array(value, _full_precision(keras.backend.standardize_dtype(v.dtype)))
-        for v, value in zip(variables, backend.values(variables), strict=True)
-    ]
+def _state(variables: Sequence[Any], others: Sequence[Any], layout: Layout) -> State:
+    read = zip(backend.values(variables), layout.dtypes, strict=True)
+    values = [backend.array(value, dtype) for value, dtype in read]
     return State(values, backend.values(others))
 
 

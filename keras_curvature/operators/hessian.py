@@ -314,7 +314,8 @@ class HessianOperator:
         while start < count:
             # Full groups and single products: two signatures, whatever the count.
             width = most if count - start >= most else 1
-            results.append(self._products(block[:, start : start + width]))
+            part = block if width == count else block[:, start : start + width]
+            results.append(self._products(part))
             start += width
         if len(results) == 1:
             return results[0]
