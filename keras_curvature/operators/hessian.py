@@ -469,6 +469,12 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
         )
 
 
+def _in_inference(evaluation: Evaluation) -> Evaluation:
+    """The same loss as in inference."""
+    loss: Any = evaluation.loss
+    return Evaluation(loss.as_in_inference(), evaluation.data)
+
+
 def _tell_of_grouping(evaluation: Evaluation) -> None:
     """Warns where a mean over batches is not the loss of all samples together.
 
@@ -477,7 +483,8 @@ def _tell_of_grouping(evaluation: Evaluation) -> None:
     """
     loss = evaluation.loss
     if isinstance(loss, TrainingLoss) and loss.takes_batch_statistics:
-        evaluation = Evaluation(loss.as_in_inference(), evaluation.data)
+        compared = evaluation.once(_in_inference)
+        compared.data, evaluation = evaluation.data, compared
     means = evaluation.differs_by_grouping()
     if means is not None:
         _warn(
