@@ -122,17 +122,17 @@ class TrainingLoss:
     def _build(self, batch: Batch) -> None:
         model = self.model
         # Drawing seeds while building is what training would have done a little later.
-        with keras_internals.losses_at_rest(model):
-            if self._loss_fn is None:
-                needed = model.loss is not None and not _has_own_loss(model)
-                if batch[1] is None and needed:
-                    raise ValueError(
-                        f"The loss that the model {model.name!r} was compiled with "
-                        "needs targets. Received: y=None. Pass `y`, or a data set of "
-                        "pairs `(x, y)`."
-                    )
-                keras_internals.build(model, batch)
-            elif not all(layer.built for layer in self.layers()):
+        if self._loss_fn is None:
+            needed = model.loss is not None and not _has_own_loss(model)
+            if batch[1] is None and needed:
+                raise ValueError(
+                    f"The loss that the model {model.name!r} was compiled with "
+                    "needs targets. Received: y=None. Pass `y`, or a data set of "
+                    "pairs `(x, y)`."
+                )
+            keras_internals.build(model, batch)
+        elif not all(layer.built for layer in self.layers()):
+            with keras_internals.losses_at_rest(model):
                 model(batch[0], training=False)
 
     def as_in_inference(self) -> "TrainingLoss":
