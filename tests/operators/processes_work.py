@@ -1,6 +1,6 @@
 """What each of several PyTorch processes does: run by test_processes.py.
 
-Arguments: number of this process, number of all, address, file for the figures.
+Arguments: number of this process, number of all, file to meet at, file for the figures.
 """
 
 import sys
@@ -40,10 +40,10 @@ def network():
 
 def main():
     """Makes figures of a share of the rows."""
-    rank, count, address, path = sys.argv[1:]
+    rank, count, meeting_point, path = sys.argv[1:]
     rank, count = int(rank), int(count)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=count
+        "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=count
     )
     model, x, y = network()
     mine = slice(rank, None, count)

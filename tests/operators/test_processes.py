@@ -3,7 +3,6 @@
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 
@@ -20,12 +19,6 @@ only_torch = pytest.mark.skipif(
 TESTS = pathlib.Path(__file__).parent.parent
 
 
-def free_address():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
-
-
 @only_torch
 def test_two_processes_find_what_one_finds(tmp_path):
     sys.path.insert(0, str(TESTS / "operators"))
@@ -33,12 +26,12 @@ def test_two_processes_find_what_one_finds(tmp_path):
         import processes_work
     finally:
         sys.path.pop(0)
-    address = free_address()
+    meeting_point = tmp_path / "meeting_point"
     paths = [tmp_path / f"{rank}.npz" for rank in range(2)]
     work = TESTS / "operators" / "processes_work.py"
     running = [
         subprocess.Popen(
-            [sys.executable, work, str(rank), "2", address, paths[rank]],
+            [sys.executable, work, str(rank), "2", meeting_point, paths[rank]],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(map(str, [TESTS, *sys.path])),
