@@ -12,7 +12,7 @@ import numpy as np
 from xdiag import xdiag
 
 from keras_curvature import HessianOperator
-from keras_curvature.analysis import diagonal_moments
+from keras_curvature.diagonal import diagonal_moments
 
 REPETITIONS = 16
 

@@ -5,7 +5,7 @@ import networks
 from keras import ops
 
 from keras_curvature import HessianOperator
-from keras_curvature.analysis import diagonal_moments
+from keras_curvature.diagonal import diagonal_moments
 
 
 def run():

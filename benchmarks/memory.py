@@ -47,7 +47,7 @@ def _work(task):
     from keras import layers
 
     import keras_curvature as kc
-    from keras_curvature.analysis import diagonal_moments
+    from keras_curvature.diagonal import diagonal_moments
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(

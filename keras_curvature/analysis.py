@@ -8,48 +8,26 @@ arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
 
 import dataclasses
 import functools
-import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_curvature import estimators
 from keras_curvature.backend import Tensor
-from keras_curvature.estimators import DeflatedMoments, Estimate, Moments
-from keras_curvature.layerwise import (
-    ExactDiagonal,
-    GaussNewtonDiagonal,
-    LayerwiseDiagonal,
-    Plan,
-    find_structure,
+from keras_curvature.diagonal import (
+    AFFORDABLE_MATVECS,
+    MAX_MATVECS,
+    check_affordable,
+    check_choice,
+    diagonal_moments,
+    has_layers,
+    is_split,
 )
-from keras_curvature.loss import FunctionLoss, TrainingLoss
-from keras_curvature.operators import BasisDiagonal, HessianOperator
+from keras_curvature.estimators import DeflatedMoments, Estimate
+from keras_curvature.operators import HessianOperator
 from keras_curvature.progress import Progress
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-#: `method="auto"` computes a figure exactly if that takes at most this many products.
-AFFORDABLE_MATVECS = 64
-
-#: Exact figures that take more products than this must be asked for explicitly.
-MAX_MATVECS = 10_000
-
-#: The Gauss–Newton part is computed exactly, and only the rest sampled, if the model
-#: has at most this many scalar outputs for each sample that is drawn, and the rest has
-#: less than this share of the variance.
-CONTROL_PASSES = 4
-CONTROL_NOISE = 0.5
-
-#: Keeps the draws of samples at the layers' outputs apart from those of estimators.
-_PURPOSE = 4
-
-#: Samples of the diagonal when neither a budget nor a tolerance is given.
-LAYERWISE_SAMPLES = 8
 
 
 def hessian_diagonal(
@@ -78,9 +56,18 @@ def hessian_diagonal(
     | `method` | what it gives | price in products |
     |---|---|---|
     | `"exact"` | the diagonal; per layer the cheapest way | one per unit, or less |
+    | `"shrunk"` | the estimate of least expected error | `num_matvecs` |
+    | `"split"` | the same without bias | `num_matvecs` |
     | `"layerwise"` | samples from signs at the layers' outputs | `num_matvecs` |
     | `"hutchinson"` | samples from signs on the parameters | `num_matvecs` |
     | `"gauss_newton"` | the Gauss–Newton diagonal, exact or sampled | one per output |
+
+    `"shrunk"` and `"split"` sample the Gauss–Newton part, which is quiet and most of
+    the diagonal, by squared gradients, and the rest by random signs. The rest is small
+    and noisy: `"shrunk"` believes it as far as its samples agree, see
+    `keras_curvature.estimators.shrinkage`, and counts what that leaves out in the
+    standard error, which is that of the distance from the truth then. Both need a loss
+    that is convex in the model's outputs, such as a squared error or a cross-entropy.
 
     `"layerwise"` is Curvature Propagation (Martens, Sutskever, Swersky 2012) as one
     Hessian-vector product per sample; a single one is often better than a hundred of
@@ -93,10 +80,12 @@ def hessian_diagonal(
         x: inputs, or a data set; see `HessianOperator`.
         y: targets.
         method: see the table. `"auto"` is exact where that takes no more products
-            than `num_matvecs` allows, or 64 without it; else layerwise.
-        num_matvecs: number of samples of the random methods. Defaults to 8 for
-            `"layerwise"`, 32 for `"hutchinson"`, and an exact result for
-            `"gauss_newton"`.
+            than `num_matvecs` allows, or 64 without it; else shrunk, or layerwise
+            where the parts cannot be told from each other.
+        num_matvecs: number of samples of the random methods; for `"shrunk"` and
+            `"split"` half of them go into the rest, and twice as many backward passes
+            as are left into the Gauss–Newton part. Defaults to 8, to 32 for
+            `"hutchinson"`, and to an exact result for `"gauss_newton"`.
         tolerance: relative standard error `‖errors‖ / ‖diagonal‖` at which to stop.
         seed: seed of the random signs.
         max_matvecs: an exact diagonal that takes more products is refused.
@@ -142,105 +131,6 @@ def hessian_diagonal(
     return result
 
 
-def _keeping_still(
-    function: Callable[Concatenate[HessianOperator, P], T],
-) -> Callable[Concatenate[HessianOperator, P], T]:
-    """A function of an operator that keeps still meanwhile."""
-
-    @functools.wraps(function)
-    def keeping(operator: HessianOperator, *args: P.args, **kwargs: P.kwargs) -> T:
-        with operator.still():
-            return function(operator, *args, **kwargs)
-
-    return keeping
-
-
-@_keeping_still
-def diagonal_moments(
-    operator: HessianOperator,
-    method: str = "auto",
-    num_matvecs: int | None = None,
-    tolerance: float | None = None,
-    seed: int = 0,
-    max_matvecs: int = MAX_MATVECS,
-    progress: Progress | None = None,
-    samples: int = LAYERWISE_SAMPLES,
-    groups: Any = "joint",
-    control_variate: bool | str = "auto",
-) -> Moments:
-    """`hessian_diagonal` and the trace that comes with it, for an operator.
-
-    Args:
-        operator: a `HessianOperator`.
-        method: as for `hessian_diagonal`, like all that follow.
-        num_matvecs: the budget.
-        tolerance: relative standard error to reach.
-        seed: seed of the random signs.
-        max_matvecs: limit of the exact method.
-        progress: told `progress(done, total)`; says whether to go on.
-        samples: samples of `"layerwise"` when there is no budget.
-        groups: which layers share a product.
-        control_variate: whether the Gauss–Newton part is computed exactly.
-
-    Returns:
-        `Moments` whose tensors are flat and stay on the device, without a norm.
-    """
-    _check_choice(method, ("auto", "exact", "layerwise", "hutchinson", "gauss_newton"))
-    by_layers = has_layers(operator)
-    if method == "layerwise" and not by_layers:
-        warnings.warn(
-            "Curvature at the layers' outputs does not give the diagonal here: the "
-            "samples of a batch interact (BatchNormalization with batch statistics, or "
-            "a layer that mixes the batch), or there is no Keras model to open. Using "
-            "random signs on the parameters (Hutchinson) instead.",
-            stacklevel=3,
-        )
-    evaluation, plan = operator.evaluation, None
-    if by_layers and method in ("auto", "exact"):
-        plan = evaluation.once(ExactDiagonal).plan(seed)
-    if method == "auto":
-        cost = operator.shape[0] if plan is None else plan.num_matvecs
-        budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
-        method = "exact" if cost <= budget else "layerwise"
-    if method == "layerwise" and not by_layers:
-        method = "hutchinson"
-    if method == "hutchinson":
-        return estimators.hutchinson_moments(
-            operator,
-            num_matvecs,
-            tolerance,
-            seed,
-            operator.sizes,
-            diagonal=True,
-            progress=progress,
-        )
-    if method == "exact":
-        return _exact_diagonal(operator, plan, max_matvecs, progress)
-    sampled = num_matvecs is not None or tolerance is not None
-    if method == "gauss_newton":
-        gauss_newton = evaluation.once(GaussNewtonDiagonal)
-        if not sampled:
-            diagonal, passes = gauss_newton.compute(max_matvecs)
-            return estimators.moments_of_diagonal(
-                diagonal, passes, operator.sizes, operator.place
-            )
-        draw = gauss_newton.samples
-    else:
-        num_matvecs = num_matvecs if sampled else samples
-        drawn = estimators.check_budget(num_matvecs, tolerance)
-        control = _controlled(operator, plan, control_variate, drawn, seed)
-        draw = _layerwise(operator, groups, control).samples
-    key = estimators.seed_key(seed, _PURPOSE)
-    return estimators.sampled_moments(
-        lambda start, width: draw(key, start, width),
-        num_matvecs,
-        tolerance,
-        operator.sizes,
-        progress,
-        operator.place,
-    )
-
-
 def hessian_trace(
     model: Any,
     x: Any = None,
@@ -259,11 +149,12 @@ def hessian_trace(
     | `method` | what it does |
     |---|---|
     | `"exact"` | the sum of the exact diagonal |
+    | `"split"` | that of the Gauss–Newton part, and that of the rest |
     | `"layerwise"` | the sum of the diagonal from signs at the layers' outputs |
     | `"deflated"` | the dominant subspace exactly, the rest from random signs |
     | `"hutchinson"` | random signs alone (Hutchinson 1990) |
 
-    `"layerwise"` has the least noise for most networks. `"deflated"` is Hutch++
+    `"split"` has the least noise for most networks. `"deflated"` is Hutch++
     (Meyer, Musco, Musco, Woodruff 2021) for a symmetric operator; it pays because a
     few large eigenvalues make most of the noise.
 
@@ -272,9 +163,10 @@ def hessian_trace(
         x: inputs, or a data set; see `HessianOperator`.
         y: targets.
         method: see the table. `"auto"` is exact where that takes no more products
-            than `num_matvecs` allows, or 64 without it; else layerwise, or deflated
-            where samples interact.
-        num_matvecs: budget of products. Defaults to 8 for `"layerwise"` and 32 for
+            than `num_matvecs` allows, or 64 without it; else split where the parts can
+            be told from each other, layerwise where they cannot, and deflated where
+            samples interact, too.
+        num_matvecs: budget of products. Defaults to 8 for the first three and 32 for
             the other random methods, or to 1024 with a tolerance.
         tolerance: relative standard error at which to stop.
         seed: seed of the random signs.
@@ -290,9 +182,10 @@ def hessian_trace(
         ValueError: for an unknown method, inconsistent data, or an exact trace
             beyond `max_matvecs`.
     """
-    _check_choice(method, ("auto", "exact", "layerwise", "deflated", "hutchinson"))
+    choices = "auto", "exact", "split", "layerwise", "deflated", "hutchinson"
+    check_choice(method, choices)
     operator = operator_for(model, x, y, options)
-    if method == "auto" and not has_layers(operator):
+    if method == "auto" and not (has_layers(operator) or is_split(operator)):
         method = "deflated"
     with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
@@ -356,7 +249,7 @@ def hessian_frobenius_norm(
         ValueError: for an unknown method, inconsistent data, or an exact norm beyond
             `max_matvecs`.
     """
-    _check_choice(method, ("auto", "exact", "deflated", "hutchinson"))
+    check_choice(method, ("auto", "exact", "deflated", "hutchinson"))
     operator = operator_for(model, x, y, options)
     if method == "auto":
         budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
@@ -364,7 +257,7 @@ def hessian_frobenius_norm(
     name, blocks = "frobenius_norm", operator.sizes
     with Progress(operator.evaluation, verbose) as progress:
         if method == "exact":
-            _check_affordable(operator.shape[0], max_matvecs, 'method="deflated"')
+            check_affordable(operator.shape[0], max_matvecs, 'method="deflated"')
             return estimators.exact_moments(operator, blocks, progress).frobenius_norm
         if method == "deflated":
             return _deflated(operator, name, num_matvecs, tolerance, seed, progress)
@@ -414,85 +307,6 @@ def hessian_matrix(
             "allows. Use products with `HessianOperator`, or raise `max_parameters`."
         )
     return operator.to_dense()
-
-
-def has_layers(operator: HessianOperator) -> bool:
-    """Whether the diagonal can be had from the layers' outputs."""
-    return (
-        isinstance(operator.evaluation.loss, TrainingLoss)
-        and operator.hvp == "tape"
-        and not operator.evaluation.once(find_structure).samples_interact
-    )
-
-
-def _layerwise(
-    operator: HessianOperator, groups: Any, control_variate: bool
-) -> LayerwiseDiagonal:
-    """Layerwise samples, made once for each choice: they are compiled."""
-    if groups not in ("joint", "layer"):
-        return LayerwiseDiagonal(operator.evaluation, groups, control_variate)
-    return operator.evaluation.once(_LAYERWISE[groups, control_variate])
-
-
-_LAYERWISE = {
-    (groups, control_variate): functools.partial(
-        LayerwiseDiagonal, groups=groups, control_variate=control_variate
-    )
-    for groups in ("joint", "layer")
-    for control_variate in (False, True)
-}
-
-
-def _controlled(
-    operator: HessianOperator,
-    plan: Plan | None,
-    control_variate: bool | str,
-    drawn: int,
-    seed: int,
-) -> bool:
-    """Whether samples of the diagonal leave the Gauss–Newton part out."""
-    num_outputs = operator.evaluation.once(find_structure).num_outputs
-    few = num_outputs <= CONTROL_PASSES * min(drawn, 16)
-    if not control_variate or (control_variate == "auto" and not few):
-        return False
-    plan = plan or operator.evaluation.once(ExactDiagonal).plan(seed)
-    if control_variate == "auto":
-        return plan.num_outputs < math.inf and plan.noise_without < CONTROL_NOISE
-    if plan.num_outputs == math.inf:
-        raise ValueError(
-            "The Gauss–Newton part cannot be told from the rest of the Hessian: the "
-            "outputs have no fixed size, or the loss mixes them with something else. "
-            f"Received: control_variate={control_variate!r}; use False."
-        )
-    return True
-
-
-def _exact_diagonal(
-    operator: HessianOperator,
-    plan: Plan | None,
-    max_matvecs: int,
-    progress: Progress | None,
-) -> Moments:
-    """From the layers' outputs if there is a plan, else by the parameter basis."""
-    _check_affordable(
-        operator.shape[0] if plan is None else plan.num_matvecs,
-        max_matvecs,
-        'method="hutchinson"' if plan is None else 'method="layerwise"',
-    )
-    evaluation, spent = operator.evaluation, operator.shape[0]
-    if plan is not None:
-        spent = plan.num_matvecs
-        if progress is not None:
-            progress.announce(spent)
-        diagonal = evaluation.once(ExactDiagonal).compute(plan)
-    elif isinstance(evaluation.loss, FunctionLoss) and operator.hvp == "tape":
-        go_on: Callable[[int, int], bool] = progress or (lambda done, total: True)
-        diagonal = evaluation.once(BasisDiagonal).compute(go_on)
-    else:
-        return estimators.exact_moments(operator, operator.sizes, progress)
-    return estimators.moments_of_diagonal(
-        diagonal, spent, operator.sizes, operator.place
-    )
 
 
 def _deflated(
@@ -557,23 +371,6 @@ def subspace_looks(
 def _told(progress: Progress, before: int, budget: int, done: int, _: Any) -> bool:
     """Tells of products after others."""
     return progress(before + done, budget)
-
-
-def _check_affordable(cost: int, max_matvecs: int, alternative: str) -> None:
-    if cost > max_matvecs:
-        raise ValueError(
-            f"The exact figure takes {cost:,} matrix-vector products, more than "
-            f"max_matvecs={max_matvecs:,}. Use {alternative} for an estimate with an "
-            "error bar, or raise `max_matvecs`."
-        )
-
-
-def _check_choice(method: str, choices: tuple[str, ...]) -> None:
-    if method not in choices:
-        raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, choices))}. Received: "
-            f"method={method!r}."
-        )
 
 
 def operator_for(

@@ -5,7 +5,8 @@ import rich.console
 import rich.table
 
 from keras_curvature import record as records
-from keras_curvature.analysis import diagonal_moments, operator_for, subspace_looks
+from keras_curvature.analysis import operator_for, subspace_looks
+from keras_curvature.diagonal import diagonal_moments
 from keras_curvature.progress import Progress
 
 

@@ -13,8 +13,8 @@ import tensorflow as tf
 from keras import ops
 
 import keras_curvature as kc
-from keras_curvature.analysis import diagonal_moments
 from keras_curvature.callbacks.hand_over import hand_over
+from keras_curvature.diagonal import diagonal_moments
 
 #: Share of the budget in which the learning rate rises; then it falls to zero.
 WARM_UP = 0.05

@@ -5,9 +5,10 @@ import os
 
 import numpy as np
 
+from keras_curvature.diagonal import METHODS
 from keras_curvature.operators import HessianOperator
 
-_DIAGONALS = ("auto", "layerwise", "hutchinson", "exact", "gauss_newton", None)
+_DIAGONALS = (*METHODS, None)
 
 #: Further arguments of `HessianOperator` that the monitor passes on.
 _OPTIONS = [

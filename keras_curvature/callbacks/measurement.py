@@ -3,13 +3,14 @@
 import numpy as np
 
 from keras_curvature import record as records
-from keras_curvature.analysis import (
-    AFFORDABLE_MATVECS,
-    diagonal_moments,
-    has_layers,
-)
 from keras_curvature.callbacks.hand_over import hand_over
 from keras_curvature.callbacks.sharpness import Sharpness
+from keras_curvature.diagonal import (
+    AFFORDABLE_MATVECS,
+    SAMPLED,
+    diagonal_moments,
+    sampled_method,
+)
 from keras_curvature.estimators import DominantSubspace, spectral_density
 from keras_curvature.tensorboard import signed_log
 
@@ -119,7 +120,7 @@ class Measurement:
         return ", ".join(parts)
 
     def _estimate_diagonal(self, operator, step):
-        sampled = self._method in ("layerwise", "hutchinson")
+        sampled = self._method in SAMPLED
         moments = diagonal_moments(
             operator,
             self._method,
@@ -130,7 +131,7 @@ class Measurement:
         if self._method == "auto" and moments.trace.standard_error != 0:
             # Found too dear once, which need not be found out again. What is cheap
             # depends on the weights, and is looked at anew.
-            self._method = "layerwise" if has_layers(operator) else "hutchinson"
+            self._method = sampled_method(operator)
         return moments
 
     def _seed_at(self, step):

@@ -8,12 +8,13 @@ from keras_curvature.estimators.moments import (
     exact_moments,
     hutchinson_moments,
 )
-from keras_curvature.estimators.products import seed_key
+from keras_curvature.estimators.products import block_sums, seed_key, to_host
 from keras_curvature.estimators.samples_of_diagonal import (
     moments_of_diagonal,
     sampled_moments,
 )
-from keras_curvature.estimators.sampling import check_budget
+from keras_curvature.estimators.sampling import MINIMUM_SAMPLES, check_budget
+from keras_curvature.estimators.shrinkage import PartSamples, exact_part, summed
 from keras_curvature.estimators.spectral_density import (
     SpectralDensity,
     spectral_density,
@@ -25,14 +26,20 @@ __all__ = [
     "DominantSubspace",
     "Eigenvalues",
     "Estimate",
+    "MINIMUM_SAMPLES",
     "Moments",
+    "PartSamples",
     "SpectralDensity",
+    "block_sums",
     "check_budget",
     "eigenvalues",
     "exact_moments",
+    "exact_part",
     "hutchinson_moments",
     "moments_of_diagonal",
     "sampled_moments",
     "seed_key",
     "spectral_density",
+    "summed",
+    "to_host",
 ]

@@ -4,6 +4,7 @@ from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.exact import ExactDiagonal, Plan
 from keras_curvature.layerwise.gauss_newton_diagonal import GaussNewtonDiagonal
 from keras_curvature.layerwise.sampled import LayerwiseDiagonal, Samples
+from keras_curvature.layerwise.split import SplitDiagonal
 from keras_curvature.layerwise.structure import Structure
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LayerwiseDiagonal",
     "Plan",
     "Samples",
+    "SplitDiagonal",
     "Structure",
     "find_structure",
 ]

@@ -165,7 +165,9 @@ def coupling(recording: LayerRecording, key: Tensor) -> Tensor:
         a random move `v` of the outputs, a scalar.
     """
     space = OutputSpace(recording)
-    probed: list[Name] = list(dict.fromkeys([*recording.shifts, *space.names]))
+    probed: list[Name] = list(
+        dict.fromkeys([*recording.structure.direct, *recording.shifts, *space.names])
+    )
     moved = recording.random(backend.normal, space.names, backend.fold_in(key, 2))
     product = recording.product(space.names, probed)(moved)
     carried = space.back(probed)({name: product[name] for name in space.names})

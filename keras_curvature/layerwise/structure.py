@@ -341,7 +341,8 @@ class _Survey:
             for v in rule.variables(layer)
             if id(v) in self._number
         }
-        unsound = asked - found
+        # A table for the way back of an embedding that is used forwards alone.
+        unsound = asked - found - self._loss.findings.unconnected
         acting = self._acting_directly()
         rows = zip(
             self._uses.values(),
@@ -360,7 +361,8 @@ class _Survey:
                 fed = self._held_at[i] in reached or (i in acting and i in reached)
                 # The output is computed from constants alone (an embedding of the
                 # positions), or its rows are something else than samples.
-                rows_are_samples = bool(output & self._batch_at) and (
+                from_samples = output & self._batch_at or use.rule.rows_are_samples
+                rows_are_samples = bool(from_samples) and (
                     not use.output.shape
                     or use.output.shape[0] is None
                     or use.output.shape[0] == self._samples

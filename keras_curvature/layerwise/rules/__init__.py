@@ -5,6 +5,7 @@ from keras_curvature.layerwise.rules import (
     dense,
     einsum_dense,
     embedding,
+    keras_hub,
     normalization,
 )
 from keras_curvature.layerwise.rules.paths import (
@@ -31,5 +32,6 @@ __all__ = [
     "dense",
     "einsum_dense",
     "embedding",
+    "keras_hub",
     "normalization",
 ]

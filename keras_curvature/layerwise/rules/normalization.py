@@ -22,6 +22,8 @@ from keras_curvature.layerwise.rules.rule import (
 @register_layer_rule(keras.layers.GroupNormalization)
 @register_layer_rule(keras.layers.LayerNormalization)
 @register_layer_rule(keras.layers.RMSNormalization)
+@register_layer_rule("keras_hub.LlamaLayerNorm")
+@register_layer_rule("keras_hub.MistralLayerNormalization")
 class NormalizationRule(LayerRule):
     """Any normalization with a scale and an offset along some axes.
 
@@ -56,7 +58,8 @@ class NormalizationRule(LayerRule):
 
     def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Scale and offset."""
-        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        axis = getattr(layer, "axis", -1)
+        axes = axis if isinstance(axis, (list, tuple)) else [axis]
         scale, offset = _scale_and_offset(layer)
         paths = []
         if scale is not None:
@@ -67,7 +70,7 @@ class NormalizationRule(LayerRule):
 
 
 def _scale_and_offset(layer: Any) -> tuple[Any, Any]:
-    scale = getattr(layer, "gamma", None)
-    if isinstance(layer, keras.layers.RMSNormalization):
-        scale = layer.scale
+    scale = getattr(layer, "scale", None)
+    if not isinstance(scale, keras.Variable):  # Of others it says whether there is one.
+        scale = getattr(layer, "gamma", None)
     return scale, getattr(layer, "beta", None)

@@ -9,7 +9,7 @@ from keras_curvature import keras_internals
 from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.rules.paths import Elementwise
 
-_RULES: dict[type, "LayerRule"] = {}
+_RULES: dict[type | str, "LayerRule"] = {}
 
 
 class LayerRule:
@@ -30,7 +30,13 @@ class LayerRule:
 
     Nothing is assumed that is not checked: if a variable also acts on the loss in
     another way, or samples mix, the package notices and takes another method.
+
+    Attributes:
+        rows_are_samples: whether the output has a row for each sample though it is
+            computed from none of them, as a table of positions that is broadcast.
     """
+
+    rows_are_samples = False
 
     def supports(self, layer: Any) -> bool:
         """Whether this layer, as configured, is linear in its variables."""
@@ -92,14 +98,16 @@ class LayerRule:
 
 
 def register_layer_rule(
-    layer_class: type,
+    layer_class: type | str,
 ) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: makes a `LayerRule` responsible for a layer class.
 
     It also serves subclasses that inherit the `call` of `layer_class`.
 
     Args:
-        layer_class: subclass of `keras.layers.Layer`.
+        layer_class: subclass of `keras.layers.Layer`; or for one of a package that
+            need not be installed its name behind that of the package, such as
+            `"keras_hub.PositionEmbedding"`.
 
     Returns:
         The decorator.
@@ -116,11 +124,16 @@ def rule_for(layer: Any) -> LayerRule | None:
     """The rule for a layer, or `None` where no rule applies."""
     cls: Any
     for cls in type(layer).__mro__:
-        rule = _RULES.get(cls)
+        rule = _RULES.get(cls) or _RULES.get(_name(cls))
         if rule is not None:
             inherits = type(layer).call is cls.call
             return rule if inherits and rule.supports(layer) else None
     return None
+
+
+def _name(cls: type) -> str:
+    """The name of a class behind that of the package it is in."""
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def has_adapters(layer: Any) -> bool:

@@ -1,0 +1,174 @@
+"""How wrong the diagonal of a language model is for what it costs.
+
+Two blocks of KerasHub's GPT-2, Llama and BERT, 64 units and 48 positions, trained on
+the characters of Shakespeare: the relative error of the whole diagonal, ‖estimate −
+truth‖ / ‖truth‖ (root mean square over seeds), against processor time in gradients.
+
+The truth has 10^5 entries and takes as many products. It is replaced by an unbiased
+estimate from `TRUTH` products, whose own noise, known from its spread, is subtracted
+from the squared errors. PyTorch needs no compilation, so `KERAS_BACKEND=torch` is the
+quick way to run it.
+"""
+
+import sys
+import time
+
+import keras
+import measure
+import numpy as np
+from keras import layers
+from xdiag import xdiag
+
+import keras_curvature as kc
+from keras_curvature.diagonal import diagonal_moments
+
+URL = "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"
+POSITIONS, WIDTH, WINDOWS = 48, 64, 2048
+
+#: Products of the estimate that others are compared with.
+TRUTH = 384
+
+#: Method and number of products, and how many seeds.
+ESTIMATORS = [
+    (("hutchinson", 4), 4),
+    (("layerwise", 4), 4),
+    (("split", 4), 4),
+    (("shrunk", 1), 8),
+    (("shrunk", 4), 8),
+    (("hutchinson", 16), 2),
+    (("layerwise", 16), 2),
+    (("split", 16), 4),
+    (("shrunk", 16), 4),
+    (("XDiag", 32), 2),
+]
+
+
+def run(kinds=("GPT-2", "Llama", "BERT"), checkpoints=(1, 5)):
+    """Measures the models after each checkpoint (in epochs); returns a list of rows."""
+    rows = []
+    for kind in kinds:
+        keras.utils.set_random_seed(0)
+        model, x, y = built(kind)
+        epochs = 0
+        for more in checkpoints:
+            model.fit(x, y, epochs=more, batch_size=32, verbose=0)
+            epochs += more
+            rows += _of_model(kind, epochs, model, x[:32], y[:32])
+            print(f"{kind} after {epochs} epochs done", flush=True)
+    return rows
+
+
+def built(kind):
+    """A compiled model, and windows of text with their next (or missing) characters."""
+    import keras_hub
+
+    text = np.frombuffer(
+        open(keras.utils.get_file("shakespeare.txt", URL), "rb").read(), "uint8"
+    )
+    characters, ids = np.unique(text, return_inverse=True)
+    count, rng = len(characters), np.random.default_rng(0)
+    starts = rng.integers(0, len(ids) - POSITIONS - 1, WINDOWS)
+    x = ids[starts[:, None] + np.arange(POSITIONS)].astype("int32")
+    y = ids[starts[:, None] + np.arange(POSITIONS) + 1].astype("int32")
+    common = {"num_layers": 2, "hidden_dim": WIDTH}
+    tokens = keras.Input((POSITIONS,), dtype="int32")
+    inputs = {"token_ids": tokens, "padding_mask": keras.ops.ones_like(tokens)}
+    if kind == "GPT-2":
+        backbone = keras_hub.models.GPT2Backbone(
+            vocabulary_size=count,
+            num_heads=4,
+            intermediate_dim=4 * WIDTH,
+            max_sequence_length=POSITIONS,
+            dropout=0.0,
+            **common,
+        )
+    elif kind == "Llama":
+        backbone = keras_hub.models.LlamaBackbone(
+            vocabulary_size=count,
+            num_query_heads=4,
+            num_key_value_heads=2,
+            intermediate_dim=2 * WIDTH,
+            **common,
+        )
+    else:
+        backbone = keras_hub.models.BertBackbone(
+            vocabulary_size=count + 1,
+            num_heads=4,
+            intermediate_dim=4 * WIDTH,
+            max_sequence_length=POSITIONS,
+            dropout=0.0,
+            **common,
+        )
+        inputs["segment_ids"] = keras.ops.zeros_like(tokens)
+        # A quarter of the characters is hidden.
+        y, x = x, np.where(rng.random(x.shape) < 0.25, count, x).astype("int32")
+    hidden = backbone(inputs)
+    if isinstance(hidden, dict):
+        hidden = hidden["sequence_output"]
+    model = keras.Model(tokens, layers.Dense(count)(hidden))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss=loss)
+    return model, x, y
+
+
+def _of_model(kind, epochs, model, x, y):
+    op = kc.HessianOperator(model, x, y)
+    truth, noise = _estimate(op, "split", TRUTH, seed=10**6)
+    noise = float(np.sum(noise**2))
+    size = float(np.sqrt(np.sum(truth**2) - noise))
+    gradient = _seconds(lambda: measure.on_host(op.value_and_gradient()[1]), 5)
+    rows, plain = [], {}
+    for (method, products), seeds in ESTIMATORS:
+        squares, seconds, told = [], [], []
+        _estimate(op, method, products, 0)
+        for seed in range(1, seeds + 1):
+            start = time.process_time()
+            value, error = _estimate(op, method, products, seed)
+            seconds.append(time.process_time() - start)
+            squares.append(np.sum((value - truth) ** 2) - noise)
+            told.append(np.nan if error is None else np.sum(error**2))
+        found = float(np.sqrt(max(np.mean(squares), 0)) / size)
+        if method == "hutchinson":
+            plain[products] = found
+        rows.append(
+            {
+                "model": kind,
+                "epochs": epochs,
+                "estimator": method,
+                "products": products,
+                "gradients": float(np.median(seconds)) / gradient,
+                "relative error": found,
+                "error that it tells": float(np.sqrt(np.mean(told)) / size),
+                "over random signs": found / plain[products]
+                if products in plain
+                else None,
+            }
+        )
+    return rows
+
+
+def _estimate(op, method, products, seed):
+    """The diagonal, and its error if it tells one."""
+    if method == "XDiag":
+        return xdiag(op, products, seed).astype("float64"), None
+    found = diagonal_moments(op, method, products, seed=seed, groups="joint").diagonal
+    error = found.standard_error
+    return (
+        measure.on_host(found.value).astype("float64"),
+        None if error is None else measure.on_host(error).astype("float64"),
+    )
+
+
+def _seconds(function, rounds):
+    """Processor time, which other work on the machine does not change."""
+    function()
+    start = time.process_time()
+    for _ in range(rounds):
+        function()
+    return (time.process_time() - start) / rounds
+
+
+if __name__ == "__main__":
+    results = run(*[tuple(sys.argv[1:])] if sys.argv[1:] else [])
+    measure.save("sequences", results)
+    measure.print_table("Error of the diagonal against cost", results)

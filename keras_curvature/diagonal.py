@@ -1,0 +1,308 @@
+"""The diagonal of a Hessian: which way it is had, and the trace that comes with it."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from keras_curvature import estimators
+from keras_curvature.estimators import Moments
+from keras_curvature.layerwise import (
+    ExactDiagonal,
+    GaussNewtonDiagonal,
+    LayerwiseDiagonal,
+    Plan,
+    find_structure,
+)
+from keras_curvature.loss import FunctionLoss, TrainingLoss
+from keras_curvature.operators import BasisDiagonal, HessianOperator
+from keras_curvature.progress import Progress
+from keras_curvature.split_diagonal import SplitMoments
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: How a diagonal may be had.
+METHODS = (
+    "auto",
+    "exact",
+    "shrunk",
+    "split",
+    "layerwise",
+    "hutchinson",
+    "gauss_newton",
+)
+
+#: Those whose price is a number of samples.
+SAMPLED = ("shrunk", "split", "layerwise", "hutchinson")
+
+#: `method="auto"` computes a figure exactly if that takes at most this many products.
+AFFORDABLE_MATVECS = 64
+
+#: Exact figures that take more products than this must be asked for explicitly.
+MAX_MATVECS = 10_000
+
+#: The Gauss–Newton part is computed exactly, and only the rest sampled, if the model
+#: has at most this many scalar outputs for each sample that is drawn, and the rest has
+#: less than this share of the variance.
+CONTROL_PASSES = 4
+CONTROL_NOISE = 0.5
+
+#: Keeps the draws of samples at the layers' outputs apart from those of estimators.
+_PURPOSE = 4
+
+#: Samples of the diagonal when neither a budget nor a tolerance is given.
+LAYERWISE_SAMPLES = 8
+
+
+def _keeping_still(
+    function: Callable[Concatenate[HessianOperator, P], T],
+) -> Callable[Concatenate[HessianOperator, P], T]:
+    """A function of an operator that keeps still meanwhile."""
+
+    @functools.wraps(function)
+    def keeping(operator: HessianOperator, *args: P.args, **kwargs: P.kwargs) -> T:
+        with operator.still():
+            return function(operator, *args, **kwargs)
+
+    return keeping
+
+
+def _chosen(
+    operator: HessianOperator, num_matvecs: int | None, seed: int, usual: bool
+) -> tuple[str, Plan | None]:
+    """What `method="auto"` stands for, and the plan of the exact diagonal if known."""
+    plan = None
+    if has_layers(operator):
+        plan = operator.evaluation.once(ExactDiagonal).plan(seed)
+    cost = operator.shape[0] if plan is None else plan.num_matvecs
+    budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+    if cost <= budget:
+        return "exact", plan
+    return sampled_method(operator, usual), plan
+
+
+def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
+    """The method of samples that has the least error.
+
+    Args:
+        operator: a `HessianOperator`.
+        usual: whether nothing was asked for that only layerwise samples know.
+    """
+    if usual and is_split(operator):
+        return "shrunk"
+    return "layerwise" if has_layers(operator) else "hutchinson"
+
+
+def is_split(operator: HessianOperator) -> bool:
+    """Whether the Gauss–Newton part of the diagonal can be told from the rest."""
+    return (
+        isinstance(operator.evaluation.loss, TrainingLoss)
+        and operator.hvp == "tape"
+        and operator.evaluation.once(SplitMoments).possible
+    )
+
+
+def _split(operator: HessianOperator) -> SplitMoments:
+    if not is_split(operator):
+        raise ValueError(
+            "The Gauss–Newton part of the Hessian cannot be told from the rest: it "
+            "needs a Keras model whose loss is convex in outputs of a fixed size, as "
+            "squared errors and cross-entropies are, does not mix them with something "
+            f"else, and has second derivatives. Received: {operator!r}. Use "
+            'method="layerwise" or method="hutchinson".'
+        )
+    return operator.evaluation.once(SplitMoments)
+
+
+@_keeping_still
+def diagonal_moments(
+    operator: HessianOperator,
+    method: str = "auto",
+    num_matvecs: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    max_matvecs: int = MAX_MATVECS,
+    progress: Progress | None = None,
+    samples: int = LAYERWISE_SAMPLES,
+    groups: Any = "joint",
+    control_variate: bool | str = "auto",
+) -> Moments:
+    """`hessian_diagonal` and the trace that comes with it, for an operator.
+
+    Args:
+        operator: a `HessianOperator`.
+        method: as for `hessian_diagonal`, like all that follow.
+        num_matvecs: the budget.
+        tolerance: relative standard error to reach.
+        seed: seed of the random signs.
+        max_matvecs: limit of the exact method.
+        progress: told `progress(done, total)`; says whether to go on.
+        samples: samples of `"layerwise"` when there is no budget.
+        groups: which layers share a product.
+        control_variate: whether the Gauss–Newton part is computed exactly.
+
+    Returns:
+        `Moments` whose tensors are flat and stay on the device, without a norm.
+    """
+    check_choice(method, METHODS)
+    usual = groups == "joint" and control_variate == "auto"
+    plan = None
+    if method == "auto":
+        method, plan = _chosen(operator, num_matvecs, seed, usual)
+    if method in ("shrunk", "split"):
+        return _split(operator).moments(
+            estimators.check_budget(num_matvecs, tolerance)
+            if num_matvecs is not None or tolerance is not None
+            else samples,
+            tolerance,
+            seed,
+            method == "shrunk",
+            progress,
+        )
+    evaluation, by_layers = operator.evaluation, has_layers(operator)
+    if method == "layerwise" and not by_layers:
+        warnings.warn(
+            "Curvature at the layers' outputs does not give the diagonal here: the "
+            "samples of a batch interact (BatchNormalization with batch statistics, or "
+            "a layer that mixes the batch), or there is no Keras model to open. Using "
+            "random signs on the parameters (Hutchinson) instead.",
+            stacklevel=3,
+        )
+        method = "hutchinson"
+    if method == "exact" and plan is None and by_layers:
+        plan = evaluation.once(ExactDiagonal).plan(seed)
+    if method == "hutchinson":
+        return estimators.hutchinson_moments(
+            operator,
+            num_matvecs,
+            tolerance,
+            seed,
+            operator.sizes,
+            diagonal=True,
+            progress=progress,
+        )
+    if method == "exact":
+        return _exact_diagonal(operator, plan, max_matvecs, progress)
+    sampled = num_matvecs is not None or tolerance is not None
+    if method == "gauss_newton":
+        gauss_newton = evaluation.once(GaussNewtonDiagonal)
+        if not sampled:
+            diagonal, passes = gauss_newton.compute(max_matvecs)
+            return estimators.moments_of_diagonal(
+                diagonal, passes, operator.sizes, operator.place
+            )
+        draw = gauss_newton.samples
+    else:
+        num_matvecs = num_matvecs if sampled else samples
+        drawn = estimators.check_budget(num_matvecs, tolerance)
+        control = _controlled(operator, plan, control_variate, drawn, seed)
+        draw = _layerwise(operator, groups, control).samples
+    key = estimators.seed_key(seed, _PURPOSE)
+    return estimators.sampled_moments(
+        lambda start, width: draw(key, start, width),
+        num_matvecs,
+        tolerance,
+        operator.sizes,
+        progress,
+        operator.place,
+    )
+
+
+def has_layers(operator: HessianOperator) -> bool:
+    """Whether the diagonal can be had from the layers' outputs."""
+    return (
+        isinstance(operator.evaluation.loss, TrainingLoss)
+        and operator.hvp == "tape"
+        and not operator.evaluation.once(find_structure).samples_interact
+    )
+
+
+def _layerwise(
+    operator: HessianOperator, groups: Any, control_variate: bool
+) -> LayerwiseDiagonal:
+    """Layerwise samples, made once for each choice: they are compiled."""
+    if groups not in ("joint", "layer"):
+        return LayerwiseDiagonal(operator.evaluation, groups, control_variate)
+    return operator.evaluation.once(_LAYERWISE[groups, control_variate])
+
+
+_LAYERWISE = {
+    (groups, control_variate): functools.partial(
+        LayerwiseDiagonal, groups=groups, control_variate=control_variate
+    )
+    for groups in ("joint", "layer")
+    for control_variate in (False, True)
+}
+
+
+def _controlled(
+    operator: HessianOperator,
+    plan: Plan | None,
+    control_variate: bool | str,
+    drawn: int,
+    seed: int,
+) -> bool:
+    """Whether samples of the diagonal leave the Gauss–Newton part out."""
+    num_outputs = operator.evaluation.once(find_structure).num_outputs
+    few = num_outputs <= CONTROL_PASSES * min(drawn, 16)
+    if not control_variate or (control_variate == "auto" and not few):
+        return False
+    plan = plan or operator.evaluation.once(ExactDiagonal).plan(seed)
+    if control_variate == "auto":
+        return plan.num_outputs < math.inf and plan.noise_without < CONTROL_NOISE
+    if plan.num_outputs == math.inf:
+        raise ValueError(
+            "The Gauss–Newton part cannot be told from the rest of the Hessian: the "
+            "outputs have no fixed size, or the loss mixes them with something else. "
+            f"Received: control_variate={control_variate!r}; use False."
+        )
+    return True
+
+
+def _exact_diagonal(
+    operator: HessianOperator,
+    plan: Plan | None,
+    max_matvecs: int,
+    progress: Progress | None,
+) -> Moments:
+    """From the layers' outputs if there is a plan, else by the parameter basis."""
+    check_affordable(
+        operator.shape[0] if plan is None else plan.num_matvecs,
+        max_matvecs,
+        'method="hutchinson"' if plan is None else 'method="layerwise"',
+    )
+    evaluation, spent = operator.evaluation, operator.shape[0]
+    if plan is not None:
+        spent = plan.num_matvecs
+        if progress is not None:
+            progress.announce(spent)
+        diagonal = evaluation.once(ExactDiagonal).compute(plan)
+    elif isinstance(evaluation.loss, FunctionLoss) and operator.hvp == "tape":
+        go_on: Callable[[int, int], bool] = progress or (lambda done, total: True)
+        diagonal = evaluation.once(BasisDiagonal).compute(go_on)
+    else:
+        return estimators.exact_moments(operator, operator.sizes, progress)
+    return estimators.moments_of_diagonal(
+        diagonal, spent, operator.sizes, operator.place
+    )
+
+
+def check_affordable(cost: int, max_matvecs: int, alternative: str) -> None:
+    """Refuses an exact figure that takes more products than allowed."""
+    if cost > max_matvecs:
+        raise ValueError(
+            f"The exact figure takes {cost:,} matrix-vector products, more than "
+            f"max_matvecs={max_matvecs:,}. Use {alternative} for an estimate with an "
+            "error bar, or raise `max_matvecs`."
+        )
+
+
+def check_choice(method: str, choices: tuple[str, ...]) -> None:
+    """Refuses a method that is none of the choices."""
+    if method not in choices:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, choices))}. Received: "
+            f"method={method!r}."
+        )

@@ -1,0 +1,465 @@
+"""A diagonal from a quiet part and a noisy one, with the least expected error.
+
+Of `diag H = g + r` the part g is known with little noise, and r, which is small, from
+samples with much. Their plain sum is unbiased, and often worse than g alone. Here r is
+believed as far as its samples agree, block by block (a block is a variable):
+
+    r̃ = ρ g + w (r̂ − ρ g)
+
+1. `r̂` is the mean of the samples; where there are two kinds of them, both means with
+   weights inverse to their variances in the block.
+2. `ρ`, the slope of r over g, is one number for thousands of entries and is seen where
+   no entry is. The slopes of the blocks are drawn to their common mean as far as noise
+   explains their differences (see `random_effects`), and that to zero as far as it is
+   not seen.
+3. `w = d² / (d² + noise²)`, with the size d of `r − ρ g` that the samples show, is the
+   weight of James and Stein (1961, "Estimation with quadratic loss") for what is left.
+
+The error that is given counts both what is random and what shrinking leaves out: the
+mean square of `(1 − w) (r − ρ g)` is what the samples show of it, in the block itself
+as far as it can be seen there, and relative to g in all blocks together.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from keras_curvature.backend import Tensor, array, compiled
+from keras_curvature.estimators.estimate import Estimate
+from keras_curvature.estimators.moments import Moments
+from keras_curvature.estimators.products import GROUP, block_sums, to_host
+from keras_curvature.estimators.quadratic_forms import students_factor
+from keras_curvature.estimators.sampling import Samples
+
+_Array = NDArray[np.float64]
+
+#: Spreads of few samples are themselves uncertain. What many entries (or blocks) show
+#: of the noise together counts as this many degrees of freedom in each of them: a
+#: moderated variance (Smyth 2004, "Linear models and empirical Bayes methods", eq. 4).
+_COMMON = 4
+
+#: Size of `r − ρ g` squared over `‖g‖²` where samples tell nothing of it: what is
+#: thought likely, and what the error counts. It was at most 0.5 in networks looked at.
+_LIKELY, _POSSIBLE = 0.05, 0.3
+
+#: Likely size of what is relative to g: slopes, and the squares above.
+_SCALE = 0.3
+
+#: Blocks of fewer entries, times degrees of freedom in each, tell nothing of
+#: themselves: their noise may be far from what it seems.
+_TELLING = 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What is known of one part of the diagonal.
+
+    Attributes:
+        mean: tensor `(P,)`.
+        error: standard error of each entry, tensor `(P,)`; zero if it is exact.
+        count: number of samples; 0 for an exact part.
+        traces: their sums over each block, `(count, blocks)`; `(1, blocks)` if exact.
+        slopes: their inner products with g in each block over `‖g‖²`, `(count,
+            blocks)`; empty for g itself.
+    """
+
+    mean: Tensor
+    error: Tensor
+    count: int
+    traces: _Array
+    slopes: _Array
+
+
+def exact_part(diagonal: Tensor, block_sizes: tuple[int, ...]) -> Part:
+    """A part that is known.
+
+    Args:
+        diagonal: tensor `(P,)`.
+        block_sizes: sizes of consecutive groups of coordinates, adding up to P.
+    """
+    traces = to_host(block_sums(diagonal[:, None], block_sizes)).T
+    return Part(diagonal, ops.zeros_like(diagonal), 0, traces, np.zeros((0, 0)))
+
+
+class PartSamples:
+    """A part that is sampled.
+
+    Args:
+        draw: `draw(start, width)` returns the samples `start … start + width − 1`, a
+            tensor `(P, width)`.
+        block_sizes: sizes of consecutive groups of coordinates, adding up to P.
+    """
+
+    def __init__(
+        self, draw: Callable[[int, int], Tensor], block_sizes: tuple[int, ...]
+    ):
+        self._draw, self._block_sizes = draw, block_sizes
+        self._samples = Samples()
+        self._traces: list[_Array] = []
+        self._slopes: list[_Array] = []
+
+    def drawn(
+        self, count: int, going: Callable[[int], bool], quiet: Tensor | None = None
+    ) -> Part:
+        """What that many samples tell; those drawn before count.
+
+        Args:
+            count: number of samples.
+            going: told the number of new samples after each few; whether to draw more.
+            quiet: the mean of g, if this is r.
+        """
+        samples, told = self._samples, _told(self._block_sizes, quiet is not None)
+        while samples.count < count:
+            width = min(GROUP, count - samples.count)
+            drawn = self._draw(samples.count, width)
+            samples.add({"diagonal": drawn}, width)
+            figures = told(drawn, drawn[:, 0] if quiet is None else quiet)
+            self._traces.append(to_host(figures["traces"]).T)
+            if quiet is not None:
+                self._slopes.append(to_host(figures["slopes"]).T)
+            if not going(width):
+                break
+        mean, error = samples.means["diagonal"], samples.standard_error("diagonal")
+        return Part(
+            mean,
+            ops.zeros_like(mean) if error is None else error,
+            samples.count,
+            np.concatenate(self._traces),
+            np.concatenate(self._slopes) if self._slopes else np.zeros((0, 0)),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _told(
+    block_sizes: tuple[int, ...], with_slopes: bool
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    def told(samples: Tensor, quiet: Tensor) -> dict[str, Tensor]:
+        figures = {"traces": block_sums(samples, block_sizes)}
+        if with_slopes:
+            size = block_sums(ops.square(quiet)[:, None], block_sizes)
+            inner = block_sums(samples * quiet[:, None], block_sizes)
+            figures["slopes"] = inner / ops.where(size > 0, size, 1)
+        return figures
+
+    return compiled(told)
+
+
+def summed(
+    quiet: Part,
+    noisy: Sequence[Part],
+    num_matvecs: int,
+    block_sizes: tuple[int, ...],
+    shrink: bool = True,
+) -> Moments:
+    """The diagonal and the trace from both parts.
+
+    The trace is the unbiased one in any case: a sum over many entries is what even the
+    noisy part tells well.
+
+    Args:
+        quiet: the part g.
+        noisy: the part r, by samples of one or two kinds; none at all leaves r out.
+        num_matvecs: what it took, for the estimates.
+        block_sizes: sizes of consecutive groups of coordinates, adding up to P.
+        shrink: whether to shrink r; the diagonal is unbiased otherwise.
+
+    Returns:
+        A `Moments` without a Frobenius norm. Errors are `None` where r is left out, or
+        one of the parts has a single sample.
+    """
+    blocks, parts = len(block_sizes), [quiet, *noisy]
+    seen = bool(noisy) and all(part.count != 1 for part in parts)
+    weights = np.full((len(noisy), blocks), 1 / max(len(noisy), 1))
+    adjusted, common = _Adjusted.not_at_all(blocks), np.zeros((len(parts), blocks))
+    if seen:
+        measured = _measure(block_sizes)(
+            [part.mean for part in parts], [part.error for part in parts]
+        )
+        sums = _Sums(**{name: to_host(x) for name, x in measured.items()})
+        weights, common = sums.weights(), sums.relative_noise
+        if shrink:
+            degrees = sum(part.count - 1 for part in noisy)
+            telling = np.array(block_sizes) * degrees >= _TELLING
+            slopes = _slopes(noisy, weights, sums, telling)
+            adjusted = sums.adjusted(weights, *slopes, telling)
+    rows = [
+        np.ones(blocks),
+        *weights,
+        *common,
+        adjusted.slope,
+        adjusted.slope_error,
+        adjusted.kept,
+        adjusted.missed,
+    ]
+    dtype = ops.dtype(quiet.mean)
+    freedom = [max(part.count - 1, 0) for part in parts]
+    value, error = _mixed(block_sizes)(
+        [part.mean for part in parts],
+        [part.error for part in parts],
+        array(np.stack(rows).astype(dtype)),
+        array(np.array(freedom, dtype)),
+    )
+    least = min([n for n in freedom if n], default=1)
+    error = error * students_factor(least + _COMMON)
+    diagonal = Estimate(value, error if seen else None, num_matvecs)
+    trace = _trace([quiet, *noisy], [np.ones(blocks), *weights], num_matvecs, seen)
+    return Moments(trace, None, diagonal, num_matvecs)
+
+
+@functools.lru_cache(maxsize=64)
+def _measure(block_sizes: tuple[int, ...]) -> Callable[..., dict[str, Tensor]]:
+    """Compiles the sums over blocks that weights depend on."""
+
+    def measure(means: list[Tensor], errors: list[Tensor]) -> dict[str, Tensor]:
+        pairs = [ops.stack([x * y for y in means], axis=1) for x in means]
+        noise = ops.stack([ops.square(e) for e in errors], axis=1)
+        return {
+            "products": ops.stack([block_sums(p, block_sizes) for p in pairs]),
+            "noise": block_sums(noise, block_sizes),
+        }
+
+    return compiled(measure)
+
+
+@functools.lru_cache(maxsize=64)
+def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compiles the diagonal and its error from numbers for each block."""
+
+    def mixed(
+        means: list[Tensor], errors: list[Tensor], rows: Tensor, degrees: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parts, g = range(len(means)), means[0]
+        by_entry = ops.repeat(rows, np.array(block_sizes), axis=1)
+        weights = [by_entry[i] for i in parts]
+        common = [by_entry[len(means) + i] for i in parts]
+        slope, slope_error, kept, missed = (
+            by_entry[2 * len(means) + i] for i in range(4)
+        )
+        # Noise, and what is missed, is partly the same in all entries of a block, and
+        # goes partly with g: of g itself all of it does.
+        squares = ops.square(g)
+        sizes = ops.repeat(
+            _mean_squares(squares, block_sizes), np.array(block_sizes), axis=0
+        )
+        shape = (squares + sizes) / 2
+        shares = [1 + slope * (1 - kept), *(kept * w for w in weights[1:])]
+        value, variance = 0.0, 0.0
+        for i in parts:
+            usual = common[i] * (shape if i else squares)
+            moderated = degrees[i] * ops.square(errors[i]) + _COMMON * usual
+            moderated = moderated / (degrees[i] + _COMMON)
+            value = value + shares[i] * means[i]
+            variance = variance + ops.square(shares[i]) * moderated
+        variance = variance + missed * shape
+        variance = variance + squares * ops.square((1 - kept) * slope_error)
+        return value, ops.sqrt(variance)
+
+    return compiled(mixed)
+
+
+def _mean_squares(squares: Tensor, block_sizes: tuple[int, ...]) -> Tensor:
+    sizes = np.maximum(np.array(block_sizes), 1)
+    sums = block_sums(squares[:, None], block_sizes)[:, 0]
+    return ops.cast(sums / ops.cast(sizes, sums.dtype), squares.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Adjusted:
+    """How r is shrunk in each block, arrays `(blocks,)`.
+
+    Attributes:
+        slope: ρ.
+        slope_error: how far that may be off.
+        kept: w.
+        missed: the expected squared distance that w leaves out, over `‖g‖²`.
+    """
+
+    slope: _Array
+    slope_error: _Array
+    kept: _Array
+    missed: _Array
+
+    @classmethod
+    def not_at_all(cls, blocks: int) -> "_Adjusted":
+        zero = np.zeros(blocks)
+        return cls(zero, zero, np.ones(blocks), zero)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over blocks.
+
+    Attributes:
+        products: of the means of all parts with each other, g first, `(parts, blocks,
+            parts)`.
+        noise: squared errors of each part, `(blocks, parts)`.
+    """
+
+    products: _Array
+    noise: _Array
+
+    @property
+    def squares(self) -> _Array:
+        """`‖g‖²` by block."""
+        return self.products[0, :, 0]
+
+    @property
+    def relative_noise(self) -> _Array:
+        """Squared errors of each part over `‖g‖²`, `(parts, blocks)`."""
+        squares = self.squares
+        noise: _Array = self.noise.T / np.where(squares > 0, squares, 1)
+        return noise
+
+    def weights(self) -> _Array:
+        """Weights of the kinds of samples of r in each block: inverse noise."""
+        known = self.noise.T[1:]
+        least = known.min(axis=0)
+        # Where one kind has no noise it is right, and so is the other on average.
+        inverse = np.where(known > 0, least / np.where(known > 0, known, 1), 1.0)
+        inverse = np.where((least == 0) & (known > 0), 0.0, inverse)
+        weights: _Array = inverse / inverse.sum(axis=0)
+        return weights
+
+    def noise_of(self, weights: _Array) -> _Array:
+        """The squared error of r̂ in each block."""
+        noise: _Array = (weights**2 * self.noise.T[1:]).sum(axis=0)
+        return noise
+
+    def adjusted(
+        self,
+        weights: _Array,
+        slope: _Array,
+        slope_error: _Array,
+        effective: _Array,
+        telling: NDArray[np.bool_],
+    ) -> _Adjusted:
+        """What to keep of `r̂ − ρ g`, and what that leaves out.
+
+        Args:
+            weights: of the kinds.
+            slope: ρ.
+            slope_error: how far that may be off.
+            effective: number of independent entries in a block, about.
+            telling: whether a block has enough entries to tell of itself.
+        """
+        squares, noise = self.squares, self.noise_of(weights)
+        column = np.concatenate([-slope[None], weights])
+        distance = np.einsum("kb,kbl,lb->b", column, self.products, column)
+        known = squares > 0
+        scale = np.where(known, squares, 1)
+        relative = (distance - noise) / scale
+        doubt = 2 * noise * (noise + 2 * np.maximum(distance - noise, 0)) / effective
+        seen = known & (noise > 0)
+        own = np.where(seen, relative, 0)
+        variance = np.where(seen & telling, doubt / scale**2, np.inf)
+        drawn, doubt_of_drawn = random_effects(own, variance)
+        # What the other blocks are like is no proof where a block itself tells nothing.
+        allowed = np.where(seen, np.maximum(own + np.sqrt(variance), 0), 0)
+        left = np.maximum(drawn, np.minimum(allowed, _LIKELY)) * squares
+        most = np.maximum(drawn + doubt_of_drawn, np.minimum(allowed, _POSSIBLE))
+        total = left + noise
+        kept = np.where(total > 0, left / np.where(total > 0, total, 1), 1.0)
+        # Blocks without noise, or without g to compare with, are as the samples say.
+        kept = np.where(seen, kept, 1.0)
+        return _Adjusted(slope, slope_error, kept, (1 - kept) ** 2 * most)
+
+
+def _slopes(
+    noisy: Sequence[Part],
+    weights: _Array,
+    sums: _Sums,
+    telling: NDArray[np.bool_],
+) -> tuple[_Array, _Array, _Array]:
+    """ρ in each block, its error, and the number of independent entries, about."""
+    own = np.zeros(weights.shape[1])
+    spread, degrees = np.zeros_like(own), 0
+    for part, weight in zip(noisy, weights, strict=True):
+        own += weight * part.slopes.mean(axis=0)
+        spread += weight**2 * part.slopes.var(axis=0, ddof=1) / part.count
+        degrees += part.count - 1
+    # Were all entries independent, the slope would have their variance over `‖g‖²`.
+    noise, squares = sums.noise_of(weights), sums.squares
+    seen = (noise > 0) & (squares > 0)
+    alone = np.where(seen, noise / np.where(seen, squares, 1), 0)
+    share = np.where(seen, spread / np.where(seen, alone, 1), 0)
+    common = share[seen].mean() if seen.any() else 0.0
+    share = (degrees * share + _COMMON * common) / (degrees + _COMMON)
+    variance = np.where(seen & telling, share * alone, np.inf)
+    slope, error = random_effects(own, variance)
+    effective = 1 / np.clip(share, 1e-9, 1)
+    return np.where(seen, slope, 0), np.where(seen, error, 0), effective
+
+
+def random_effects(values: _Array, variances: _Array) -> tuple[_Array, _Array]:
+    """Numbers that are alike, seen with noise, and drawn together.
+
+    Each is a draw from a distribution of unknown mean and variance τ², seen with a
+    known variance. τ² is what they scatter more than noise explains (DerSimonian and
+    Laird 1986, eq. 8), by more than two standard deviations of it, since variances that
+    come from few samples scatter themselves. The mean is thought to be of size
+    `_SCALE`, unless it is seen to be larger by more than two standard errors.
+
+    Args:
+        values: array `(n,)`.
+        variances: array `(n,)`; infinite for what is not seen at all.
+
+    Returns:
+        Their most likely values and how far those may be off, two arrays `(n,)`.
+    """
+    seen = np.isfinite(variances) & (variances > 0)
+    exact = variances == 0
+    if not seen.any():
+        return np.where(exact, values, 0.0), np.zeros_like(values)
+    noise = np.where(seen, variances, 1)
+    precision = np.where(seen, 1 / noise, 0)
+    total, freedom = precision.sum(), seen.sum() - 1
+    mean = (precision * values).sum() / total
+    scatter = (precision * (values - mean) ** 2).sum()
+    room = total - (precision**2).sum() / total
+    more = scatter - freedom - 2 * math.sqrt(2 * freedom)
+    between = max(0.0, more) / room if room > 0 else 0.0
+    precision = np.where(seen, 1 / (between + noise), 0)
+    mean = (precision * values).sum() / precision.sum()
+    doubt = 1 / precision.sum()
+    likely = _SCALE**2 / (_SCALE**2 + doubt)
+    trust = max(likely, 1 - 4 * doubt / mean**2 if mean else 0.0)
+    mean, doubt = trust * mean, trust * doubt
+    own = np.where(seen, between / (between + noise), 0)
+    drawn = mean + own * (values - mean)
+    random = np.where(seen, own * noise, between)
+    error = np.sqrt(random + (1 - own) ** 2 * doubt)
+    return np.where(exact, values, drawn), np.where(exact, 0, error)
+
+
+def _trace(
+    parts: Sequence[Part], weights: Sequence[_Array], num_matvecs: int, seen: bool
+) -> Estimate:
+    """The trace and those of the blocks: sums of means of independent samples."""
+    values = sum(w * p.traces.mean(axis=0) for p, w in zip(parts, weights, strict=True))
+    errors: list[float | None] = [None] * (1 + len(values))
+    if seen:
+        variances, doubts = [], []
+        for part, weight in zip(parts, weights, strict=True):
+            if part.count:
+                samples = weight * part.traces
+                samples = np.column_stack([samples.sum(axis=1), samples])
+                variances.append(samples.var(axis=0, ddof=1) / part.count)
+                doubts.append(variances[-1] ** 2 / (part.count - 1))
+        variance = np.sum(variances, axis=0)
+        # Welch's degrees of freedom of the sum.
+        doubt = np.sum(doubts, axis=0)
+        degrees = np.where(doubt > 0, variance**2 / np.where(doubt > 0, doubt, 1), 1)
+        factors = np.array([students_factor(d) for d in degrees])
+        errors = (np.sqrt(variance) * factors).tolist()
+    total, *by_block = [
+        Estimate(value, error, num_matvecs)
+        for value, error in zip(
+            [float(np.sum(values)), *values.tolist()], errors, strict=True
+        )
+    ]
+    return dataclasses.replace(total, blocks=tuple(by_block))

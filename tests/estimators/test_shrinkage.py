@@ -1,0 +1,153 @@
+"""A quiet part and a noisy one, made of random numbers whose truth is known."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_curvature.estimators import PartSamples, exact_part, summed
+from keras_curvature.estimators.shrinkage import random_effects
+
+SIZES = (400, 300, 200, 30, 1)
+
+
+class Truth:
+    """Parts with samples of a given noise, relative to the size of g in each block."""
+
+    def __init__(self, seed, noise, slope=0.2, rest=0.15):
+        rng = np.random.default_rng(seed)
+        self.rng = rng
+        self.g = rng.exponential(size=sum(SIZES)) * np.repeat([1, 5, 0.2, 3, 1], SIZES)
+        own = rest * rng.standard_normal(len(self.g))
+        self.r = (slope + own) * self.g
+        self.noise = noise
+
+    def parts(self, passes=8, kinds=((4, 1.0),)):
+        g = PartSamples(self._draw(self.g, 0.3), SIZES).drawn(passes, lambda n: True)
+        rest = [
+            PartSamples(self._draw(self.r, self.noise * factor), SIZES).drawn(
+                count, lambda n: True, g.mean
+            )
+            for count, factor in kinds
+        ]
+        return g, rest
+
+    def _draw(self, mean, noise):
+        def draw(start, width):
+            shape = len(mean), width
+            signs = self.rng.standard_normal(shape)
+            return ops.cast(mean[:, None] + noise * self.g[:, None] * signs, "float32")
+
+        return draw
+
+
+def value(estimate):
+    return ops.convert_to_numpy(estimate.value).astype("float64")
+
+
+def error(estimate):
+    return ops.convert_to_numpy(estimate.standard_error).astype("float64")
+
+
+def squared_distance(truth, moments):
+    return np.sum((value(moments.diagonal) - truth.g - truth.r) ** 2)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0, 30.0])
+def test_shrinking_is_better_than_both_parts_and_the_first_alone(noise):
+    """As good as the better one, whichever that is."""
+    distances = []
+    for seed in range(8):
+        truth = Truth(seed, noise)
+        g, rest = truth.parts()
+        moments = [
+            summed(g, rest, 8, SIZES),
+            summed(g, rest, 8, SIZES, shrink=False),
+            summed(g, [], 8, SIZES),
+        ]
+        distances.append([squared_distance(truth, m) for m in moments])
+    shrunk, both, first = np.mean(distances, axis=0)
+    assert shrunk < 1.05 * min(both, first)
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+@pytest.mark.parametrize("noise", [0.03, 0.5, 10.0])
+def test_errors_cover_the_truth(noise, shrink):
+    within, beyond = [], []
+    for seed in range(6):
+        truth = Truth(seed, noise)
+        found = summed(*truth.parts(), 8, SIZES, shrink).diagonal
+        distance = np.abs(value(found) - truth.g - truth.r)
+        within.append(np.mean(distance <= 2 * error(found)))
+        beyond.append(np.mean(distance > 6 * error(found)))
+    assert 0.92 <= np.mean(within) <= 1
+    assert np.mean(beyond) < 0.01
+
+
+def test_without_shrinking_there_is_no_bias():
+    truth = Truth(0, 2.0)
+    found = [value(summed(*truth.parts(), 8, SIZES, False).diagonal) for _ in range(64)]
+    deviation = np.std(found, axis=0, ddof=1) / 8
+    distance = np.abs(np.mean(found, axis=0) - truth.g - truth.r)
+    assert np.all(distance <= 6 * deviation)
+
+
+def test_the_trace_is_that_of_both_parts():
+    truth = Truth(0, 1.0)
+    g, rest = truth.parts(passes=32, kinds=((32, 1.0),))
+    shrunk, both = summed(g, rest, 8, SIZES), summed(g, rest, 8, SIZES, shrink=False)
+    assert shrunk.trace.value == both.trace.value
+    total = np.sum(truth.g + truth.r)
+    assert abs(both.trace.value - total) <= 4 * both.trace.standard_error
+    blocks = [block.value for block in both.trace.blocks]
+    np.testing.assert_allclose(np.sum(blocks), both.trace.value, rtol=1e-6)
+    assert len(blocks) == len(SIZES)
+
+
+def test_the_quieter_kind_of_samples_counts_for_more():
+    distances = []
+    for seed in range(8):
+        truth = Truth(seed, 0.5)
+        g, rest = truth.parts(kinds=((4, 1.0), (4, 20.0)))
+        moments = [summed(g, part, 8, SIZES, False) for part in (rest, rest[:1])]
+        distances.append([squared_distance(truth, m) for m in moments])
+    both, quieter = np.mean(distances, axis=0)
+    assert both < 1.2 * quieter
+
+
+def test_what_is_exact_stays_so():
+    truth = Truth(0, 0.0)
+    g = exact_part(ops.cast(truth.g, "float32"), SIZES)
+    _, rest = truth.parts()
+    found = summed(g, rest, 8, SIZES).diagonal
+    np.testing.assert_allclose(value(found), truth.g + truth.r, rtol=1e-4)
+    assert error(found).max() <= 1e-4 * truth.g.max()
+
+
+def test_errors_need_two_samples_of_each_part():
+    truth = Truth(0, 1.0)
+    for g, rest in (truth.parts(passes=1), truth.parts(kinds=((1, 1.0),))):
+        assert summed(g, rest, 2, SIZES).diagonal.standard_error is None
+    g, _ = truth.parts()
+    alone = summed(g, [], 2, SIZES)
+    assert alone.diagonal.standard_error is None
+    assert alone.trace.standard_error is None
+    np.testing.assert_array_equal(value(alone.diagonal), ops.convert_to_numpy(g.mean))
+
+
+def test_random_effects():
+    """Equal numbers are averaged, different ones left, and unseen ones drawn along."""
+    values = np.array([1.1, 0.9, 1.0, 7.0])
+    drawn, doubt = random_effects(values, np.array([0.01, 0.01, 0.01, np.inf]))
+    np.testing.assert_allclose(drawn, 1.0, atol=0.04)
+    np.testing.assert_allclose(doubt, (0.01 / 3) ** 0.5, rtol=0.05)
+    apart = np.array([1.0, 5.0, -3.0, 9.0])
+    drawn, doubt = random_effects(apart, np.full(4, 1e-4))
+    np.testing.assert_allclose(drawn, apart, atol=1e-3)
+    np.testing.assert_allclose(doubt, 0.01, rtol=0.01)
+    # What is not seen is thought to be small.
+    drawn, doubt = random_effects(np.array([3.0, -1.0]), np.array([100.0, 100.0]))
+    np.testing.assert_allclose(drawn, 0.0, atol=0.01)
+    np.testing.assert_allclose(doubt, 0.3, rtol=0.01)
+    drawn, doubt = random_effects(np.array([3.0]), np.array([0.0]))
+    assert drawn[0] == 3.0
+    assert doubt[0] == 0.0
