@@ -53,6 +53,19 @@ elif keras.backend.backend() == "jax":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items):
+    """What shares something expensive runs in one process (`--dist loadgroup`).
+
+    Tests of one of the named cases share what is compiled of it, those of one file
+    its fixtures.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            group = name if name in cases.CASES else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def mirrored():
     """The one strategy over both devices, on TensorFlow.
