@@ -14,6 +14,7 @@ BENCHMARKS = (
     "spectrum_peers",
     "memory",
     "overhead",
+    "small_calls",
     "large_models",
     "architectures",
 )

@@ -112,7 +112,10 @@ class TrainingLoss:
             )
         self.layout = layout_of(self.variables)
         self._others: tuple[Any, ...] = ()
+        self._read: Callable[[], list[Tensor]]
+        self._read = functools.partial(backend.values, self.variables)
         self.findings, self._others, updated = _look(self, batch)
+        self._read = backend.reading([*self.variables, *self._others])
         self.takes_batch_statistics = any(
             isinstance(layer, keras.layers.BatchNormalization)
             and id(layer.moving_mean) in updated
@@ -147,7 +150,7 @@ class TrainingLoss:
 
     def state(self) -> State:
         """The present values of all variables."""
-        return _state(self.variables, self._others, self.layout)
+        return _state(self._read(), self.layout)
 
     def __call__(self, state: State, batch: Batch) -> Tensor:
         """The scalar loss; pure, so that it may be compiled.
@@ -234,14 +237,19 @@ class FunctionLoss:
             self._native = backend.function_of_variables(loss_fn, raw)
             self.variables = tuple(raw)
         self.layout = layout_of(self.variables)
+        variables = self.variables if reads else ()
+        self._read: Callable[[], list[Tensor]]
+        self._read = functools.partial(backend.values, variables)
         self.findings, self._others, _ = _look(self, (None, None, None))
+        self._read = backend.reading([*variables, *self._others])
 
     def state(self) -> State:
         """The present values of the parameters."""
         if self._native is not None:
             # The function reads them itself.
             return State(list(self.variables), [])
-        return _state(self.variables, self._others, self.layout)
+        given = () if self._reads else self.variables
+        return _state([*given, *self._read()], self.layout)
 
     def move_to(self, parameters: Any) -> None:
         """Takes other values of the parameters, in the same structure.
@@ -347,10 +355,11 @@ def _look(loss: Loss, batch: Batch) -> tuple[Findings, tuple[Any, ...], set[int]
     return findings, tuple(read), updated
 
 
-def _state(variables: Sequence[Any], others: Sequence[Any], layout: Layout) -> State:
-    read = zip(backend.values(variables), layout.dtypes, strict=True)
-    values = [backend.array(value, dtype) for value, dtype in read]
-    return State(values, backend.values(others))
+def _state(read: Sequence[Tensor], layout: Layout) -> State:
+    """The state that was read: first what the loss is differentiated by."""
+    count = len(layout.dtypes)
+    of_variables = zip(read[:count], layout.dtypes, strict=True)
+    return State([backend.array(*one) for one in of_variables], list(read[count:]))
 
 
 class _NotingScope(keras.StatelessScope):  # type: ignore[misc]

@@ -41,16 +41,36 @@ if keras.backend.backend() == "tensorflow":
 elif keras.backend.backend() == "jax":
     import jax
 
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    # XLA takes most of the time: it shall compile faster what then runs slower. That
+    # rounds no worse, and what the tests run is small.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=4",
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+        ]
     )
     jax.config.update("jax_enable_x64", True)
-    # XLA takes most of the time, and many tests compile the same small network.
+    # Many tests compile the same small network.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     cache = pathlib.Path(__file__).parent.parent / "build" / "jax-cache" / worker
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items):
+    """What shares something expensive runs in one process (`--dist loadgroup`).
+
+    Tests of one of the named cases share what is compiled of it, those of one file
+    its fixtures.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            group = name if name in cases.CASES else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

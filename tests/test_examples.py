@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What the examples share, and no example itself.
@@ -61,7 +62,7 @@ def run(name, directory, environment=None):
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -114,7 +115,11 @@ def test_demo_draws_a_picture(demo):
     assert image.imread(demo[0] / "demo.png").std() > 0.05
 
 
-@pytest.mark.parametrize("name", FINDINGS)
+@pytest.mark.parametrize(
+    # Each a process of its own, that any worker may start.
+    "name",
+    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FINDINGS],
+)
 def test_example_finds_what_it_says_and_draws_it(name, tmp_path, text_at_hand):
     from matplotlib import image
 

@@ -4,6 +4,7 @@ import cases
 import keras
 import numpy as np
 import pytest
+from probed_cases import probed
 
 import keras_curvature as kc
 from keras_curvature import estimators
@@ -18,9 +19,7 @@ def test_every_model(name):
     Few random directions have long tails: of 240 figures one or two are off by more
     than four errors.
     """
-    model, x, y, weight, training = cases.CASES[name]()
-    op = kc.HessianOperator(model, x, y, weight, training=training)
-    h = op.to_dense()
+    op, h = probed(name).op, probed(name).dense
     h = (h + h.T) / 2
     values = np.linalg.eigvalsh(h)
     scale = abs(values).max()

@@ -52,11 +52,13 @@ normal = _backend.normal
 num_replicas = _backend.num_replicas
 num_traces = _backend.num_traces
 on = _backend.on
+on_variables = _backend.on_variables
 outline = _backend.outline
 place_of = _backend.place_of
 placed = _backend.placed
 process = _backend.process
 random_state_at_rest = _backend.random_state_at_rest
+reading = _backend.reading
 record = _backend.record
 signs = _backend.signs
 sum_chunks = _backend.sum_chunks
@@ -92,11 +94,13 @@ __all__ = [
     "num_replicas",
     "num_traces",
     "on",
+    "on_variables",
     "outline",
     "place_of",
     "placed",
     "process",
     "random_state_at_rest",
+    "reading",
     "record",
     "signs",
     "sum_chunks",

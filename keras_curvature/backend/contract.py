@@ -16,6 +16,7 @@ Conventions:
 | name | what it does |
 |---|---|
 | `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. `jit_compile` asks TensorFlow for XLA |
+| `on_variables(function, variables)` | a compiled function of `*args` that calls the pure `function(values, *args)` with the present values of the variables. That returns `(new, result)`: the first variables are assigned what is new, and the result, computed and none of the values as it is, is returned. All variables together cost little more than one |
 | `num_traces()` | number of signatures compiled so far, of all functions |
 | `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |
 | `examine(function, point)` | `Findings` about the gradient of a recorded function |
@@ -34,6 +35,7 @@ Conventions:
 | `array(x, dtype=None)` | `x` as a tensor, in the present place |
 | `is_tensor(x)` | whether `x` is a tensor of the framework |
 | `values(variables)` | the current values of variables, as tensors |
+| `reading(variables)` | a function without arguments that gives them, at any time, faster |
 | `random_state_at_rest()` | context after which the framework's global random state is what it was. TensorFlow's cannot be put back, and `examine` tells of what draws from it |
 | `wide_float()` | name of the widest floating type the framework computes in now |
 | `place_of(variable)` | where it lives: opaque, for `on` and `placed` |

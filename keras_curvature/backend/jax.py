@@ -290,6 +290,27 @@ def values(variables: Iterable[Any]) -> list[Tensor]:
     return [array(variable) for variable in variables]
 
 
+def reading(variables: Iterable[Any]) -> Callable[[], list[Tensor]]:
+    """See the contract."""
+    variables = list(variables)
+    return lambda: values(variables)
+
+
+def on_variables(
+    function: Callable[..., Any], variables: Sequence[Any]
+) -> Callable[..., Any]:
+    """See the contract."""
+    variables, jitted = list(variables), compiled(function)
+
+    def call(*args: Any) -> Any:
+        new, result = jitted(values(variables), *args)
+        for variable, value in zip(variables, new, strict=False):
+            variable.assign(value)
+        return result
+
+    return call
+
+
 def wide_float() -> str:
     """See the contract."""
     return str(jax.dtypes.canonicalize_dtype("float64"))

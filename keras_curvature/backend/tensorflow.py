@@ -358,6 +358,29 @@ def values(variables: Iterable[Any]) -> list[Tensor]:
     return [tf.convert_to_tensor(_raw(variable)) for variable in variables]
 
 
+def reading(variables: Iterable[Any]) -> Callable[[], list[Tensor]]:
+    """See the contract: read by one graph."""
+    return on_variables(lambda values: ([], values), list(variables))
+
+
+def on_variables(
+    function: Callable[..., Any], variables: Sequence[Any]
+) -> Callable[..., Any]:
+    """See the contract.
+
+    The graph reads and assigns by itself: each operation from Python would take longer
+    than all of them in it.
+    """
+    raw = [_raw(variable) for variable in variables]
+
+    def called(*args: Any) -> Any:
+        new, result = function([tf.convert_to_tensor(v) for v in raw], *args)
+        _assign(raw[: len(new)], new)
+        return result
+
+    return compiled(called)
+
+
 def wide_float() -> str:
     """See the contract."""
     return "float64"

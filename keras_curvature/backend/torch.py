@@ -187,8 +187,34 @@ def array(x: Any, dtype: str | None = None) -> Tensor:
 
 def values(variables: Iterable[Any]) -> list[Tensor]:
     """See the contract: copies, as PyTorch's parameters are assigned in place."""
+    return [value.clone() for value in _present(variables)]
+
+
+def _present(variables: Iterable[Any]) -> list[Tensor]:
+    """What variables hold, as long as they are not assigned."""
     raw = (v.value if isinstance(v, keras.Variable) else v for v in variables)
-    return [value.detach().clone() for value in raw]
+    return [value.detach() for value in raw]
+
+
+def reading(variables: Iterable[Any]) -> Callable[[], list[Tensor]]:
+    """See the contract."""
+    variables = list(variables)
+    return lambda: values(variables)
+
+
+def on_variables(
+    function: Callable[..., Any], variables: Sequence[Any]
+) -> Callable[..., Any]:
+    """See the contract: without copies, since it is computed before it is assigned."""
+    variables, plain = list(variables), compiled(function)
+
+    def call(*args: Any) -> Any:
+        new, result = plain(_present(variables), *args)
+        for variable, value in zip(variables, new, strict=False):
+            variable.assign(value)
+        return result
+
+    return call
 
 
 def wide_float() -> str:

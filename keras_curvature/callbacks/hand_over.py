@@ -4,7 +4,8 @@ An optimizer takes curvature if it has a method `update_hessian_diagonal(diagona
 which is given a list of tensors, one for each trainable variable that the optimizer was
 built with. Three more are used where they are there: `statistics()` goes into the
 record, `preconditioner()` and `stability_threshold()` tell what `sharpness` needs; and
-`compile_with(compiler)` is called before the first of them.
+`compute_with(on_variables)`, or else `compile_with(compiler)`, is called before the
+first of them.
 """
 
 import functools
@@ -143,6 +144,8 @@ def _takers(optimizer: Any) -> list[Any]:
         if hasattr(one, "update_hessian_diagonal") and one.built
     ]
     for one in takers:
-        if hasattr(one, "compile_with"):
+        if hasattr(one, "compute_with"):
+            one.compute_with(backend.on_variables)
+        elif hasattr(one, "compile_with"):
             one.compile_with(backend.compiled)
     return takers

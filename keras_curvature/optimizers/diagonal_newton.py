@@ -175,7 +175,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         self.relative_radius = relative_radius
         self._has_curvature = False
         self._warned = False
-        self._between_steps = _Compiled(lambda function: function)
+        self._between_steps = _BetweenSteps()
 
     def build(self, variables: list[Any]) -> None:
         """Creates the slots: three numbers for each parameter, and two counters.
@@ -199,8 +199,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def compile_with(self, compiler: Callable[[Callable], Callable]) -> None:
         """Compiles what is computed between steps; without, each operation runs alone.
 
-        `CurvatureMonitor` calls this. In a loop of your own it pays off on TensorFlow
-        and JAX, where many small operations take long.
+        In a loop of your own it pays off on TensorFlow and JAX, where many small
+        operations take long. `CurvatureMonitor` calls `compute_with` instead.
 
         ```python
         optimizer.compile_with(tf.function)  # or jax.jit
@@ -211,7 +211,23 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 computes the same.
         """
         if self._between_steps.compiler is not compiler:
-            self._between_steps = _Compiled(compiler)
+            self._between_steps = _BetweenSteps(compiler)
+
+    def compute_with(
+        self, on_variables: Callable[[Callable, list[Any]], Callable]
+    ) -> None:
+        """Leaves to a function how to compute with variables between steps.
+
+        `CurvatureMonitor` calls this, with what the backend does best.
+
+        Args:
+            on_variables: takes a pure function `function(values, *args)`, which returns
+                new values and something else, and a list of variables. It returns a
+                function of `*args` that assigns the new values to the first of the
+                variables, and returns the rest.
+        """
+        if self._between_steps.on_variables is not on_variables:
+            self._between_steps = _BetweenSteps(on_variables=on_variables)
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
@@ -295,14 +311,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """
         self._check_diagonals(diagonals)
         slots = self._slots_of(self._curvatures)
-        finite, averages = self._between_steps(
+        counters = self._curvature_updates, self._curvature_step, self.iterations
+        finite = self._between_steps(
             self._averaged,
-            _values(slots),
+            [*slots, *counters],
             [
                 ops.convert_to_tensor(diagonal, slot.dtype)
                 for diagonal, slot in zip(self._slots_of(diagonals), slots, strict=True)
             ],
-            self._curvature_updates + 1,
         )
         if not bool(finite):
             warnings.warn(
@@ -313,24 +329,32 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
             return False
-        for slot, average in zip(slots, averages, strict=True):
-            slot.assign(average)
-        self._curvature_updates.assign_add(1)
-        self._curvature_step.assign(self.iterations + 0)
         self._has_curvature = True
         return True
 
     def _averaged(
-        self, curvatures: list[Any], diagonals: list[Any], updates: Any
-    ) -> tuple[Any, list[Any]]:
-        """Whether all diagonals are finite, and ĥ with them, as delivery k. Pure."""
+        self, values: list[Any], diagonals: list[Any]
+    ) -> tuple[list[Any], Any]:
+        """ĥ with another delivery, k, and when it was, if it is finite. Pure.
+
+        Args:
+            values: ĥ of each variable, k, the step of the last delivery, and this one.
+            diagonals: what is delivered.
+
+        Returns:
+            The same but for the last; and whether all of the diagonals is finite.
+        """
+        *curvatures, updates, last, steps = values
         finite = ops.all(ops.stack([ops.all(ops.isfinite(d)) for d in diagonals]))
-        averages = []
+        new = []
         for average, diagonal in zip(curvatures, diagonals, strict=True):
-            summed = _summed_weights(self.beta_2, updates, average.dtype)
+            summed = _summed_weights(self.beta_2, updates + 1, average.dtype)
             weight = (1 - self.beta_2) / summed
-            averages.append(average + (diagonal - average) * weight)
-        return finite, averages
+            moved = average + (diagonal - average) * weight
+            new.append(ops.where(finite, moved, average))
+        taken = ops.cast(finite, updates.dtype)
+        new += [updates + taken, ops.where(finite, ops.cast(steps, last.dtype), last)]
+        return new, finite
 
     def _slots_of(self, entries: Sequence[Any]) -> list[Any]:
         """Of one entry for each variable, those of variables that have slots.
@@ -390,7 +414,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        sums = ops.convert_to_numpy(self._between_steps(self._sums, *self._state()))
+        sums = ops.convert_to_numpy(self._between_steps(self._sums, self._state()))
         size = sum(int(np.prod(s.shape)) for s in self._slots_of(self._curvatures))
         square, clipped, newton, negative = sums.tolist()
         age = _number(self.iterations) - _number(self._curvature_step)
@@ -402,10 +426,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             "negative_share": negative / size,
         }
 
-    def _sums(self, steps: Any, *slots: list[Any]) -> Any:
+    def _sums(self, state: list[Any]) -> tuple[list[Any], Any]:
         """What `statistics` averages over all entries, summed: `(4,)`. Pure."""
         sums = 0
-        for m, v, h, values in zip(*slots, strict=True):
+        steps, slots = _steps_and_slots(state)
+        for m, v, h, values in slots:
             average, usual = self._debiased(m, v, steps)
             rule = usual, h, values, self.radius, self.relative_radius
             counted = (
@@ -416,7 +441,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 h < 0,
             )
             sums += ops.stack([ops.sum(ops.cast(c, "float32")) for c in counted])
-        return sums
+        return [], sums
 
     def preconditioner(self) -> list[Any]:
         """What a step from here divides the gradient by.
@@ -428,7 +453,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        parts = iter(self._between_steps(self._damped, *self._state()))
+        parts = iter(self._between_steps(self._damped, self._state()))
         return [
             ops.ones(variable.shape) if slot is None else next(parts)
             for variable, slot in zip(
@@ -436,9 +461,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             )
         ]
 
-    def _damped(self, steps: Any, *slots: list[Any]) -> list[Any]:
+    def _damped(self, state: list[Any]) -> tuple[list[Any], list[Any]]:
         """What `preconditioner` gives, for variables that have slots. Pure."""
-        return [
+        steps, slots = _steps_and_slots(state)
+        return [], [
             damped_curvature(
                 self._debiased(m, v, steps)[1],
                 h,
@@ -446,11 +472,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 self.radius,
                 self.relative_radius,
             )
-            for m, v, h, values in zip(*slots, strict=True)
+            for m, v, h, values in slots
         ]
 
-    def _state(self) -> tuple[Any, ...]:
-        """Steps so far (at least one), and values of m, v, ĥ and θ; see `_values`."""
+    def _state(self) -> list[Any]:
+        """The number of steps so far, and all m, v, ĥ and θ; see `_steps_and_slots`."""
         if not self.built:
             raise ValueError("The optimizer has not been built: it took no step yet.")
         every = (
@@ -459,8 +485,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             self._curvatures,
             self._trainable_variables,
         )
-        slots = (_values(self._slots_of(entries)) for entries in every)
-        return ops.maximum(self.iterations, 1), *slots
+        return [self.iterations, *(slot for e in every for slot in self._slots_of(e))]
 
     def stability_threshold(self) -> float:
         """The curvature, over `preconditioner`, above which steps are unstable.
@@ -493,20 +518,50 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         return config
 
 
-class _Compiled:
-    """Calls pure functions, each compiled when it is called first.
+class _BetweenSteps:
+    """Calls pure functions with the values of variables, and assigns what is new.
+
+    Each function is made when it is called first, always with the same variables.
 
     No dictionary of its own in the optimizer: Keras and TensorFlow track those.
+
+    Args:
+        compiler: compiles a pure function; see `compile_with`.
+        on_variables: does all of it in its own way; see `compute_with`.
     """
 
-    def __init__(self, compiler: Callable[[Callable], Callable]):
-        self.compiler = compiler
+    def __init__(
+        self,
+        compiler: Callable[[Callable], Callable] = lambda function: function,
+        on_variables: Callable[[Callable, list[Any]], Callable] | None = None,
+    ):
+        self.compiler, self.on_variables = compiler, on_variables
         self._made: dict[Callable, Callable] = {}
 
-    def __call__(self, function: Callable, *args: Any) -> Any:
+    def __call__(self, function: Callable, variables: list[Any], *args: Any) -> Any:
         if function not in self._made:
-            self._made[function] = self.compiler(function)
+            make = self.on_variables or self._one_by_one
+            self._made[function] = make(function, variables)
         return self._made[function](*args)
+
+    def _one_by_one(self, function: Callable, variables: list[Any]) -> Callable:
+        compiled = self.compiler(function)
+
+        def call(*args: Any) -> Any:
+            new, result = compiled(_values(variables), *args)
+            for variable, value in zip(variables, new, strict=False):
+                variable.assign(value)
+            return result
+
+        return call
+
+
+def _steps_and_slots(state: list[Any]) -> tuple[Any, list[tuple[Any, ...]]]:
+    """The number of steps, at least one, and (m, v, ĥ, θ) of each variable."""
+    steps, *values = state
+    count = len(values) // 4
+    parts = [values[i * count : (i + 1) * count] for i in range(4)]
+    return ops.maximum(steps, 1), list(zip(*parts, strict=True))
 
 
 def _summed_weights(decay: float, steps: Any, dtype: Any) -> Any:

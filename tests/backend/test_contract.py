@@ -747,6 +747,46 @@ def test_values():
     np.testing.assert_array_equal(ops.convert_to_numpy(now), [5, 6])
 
 
+def test_reading():
+    x = keras.Variable([1.0, 2.0], dtype="float32")
+    count = keras.Variable(3, trainable=False, dtype="int32")
+    read = backend.reading([x, count])
+    first = read()
+    assert is_of(first[0], (2,), "float32") and is_of(first[1], (), "int32")
+    traces = backend.num_traces()
+    x.assign([5.0, 6.0])
+    second = read()
+    assert backend.num_traces() == traces
+    # What was read before stays what it was.
+    for found, expected in ((first, [1, 2]), (second, [5, 6])):
+        np.testing.assert_array_equal(ops.convert_to_numpy(found[0]), expected)
+        assert int(found[1]) == 3
+    assert backend.reading([])() == []
+
+
+def test_on_variables():
+    x = keras.Variable([1.0, 2.0], dtype="float32")
+    count = keras.Variable(0, trainable=False, dtype="int32")
+    only_read = keras.Variable(10.0, dtype="float32")
+
+    def function(values, added):
+        x, count, factor = values
+        return [x + added, count + 1], {"sum": ops.sum(x) * factor, "nothing": None}
+
+    step = backend.on_variables(function, [x, count, only_read])
+    for number, expected in enumerate((30.0, 50.0, 70.0), start=1):
+        result = step(backend.array(1.0, "float32"))
+        # Of the values before the step.
+        assert float(result["sum"]) == expected and result["nothing"] is None
+        np.testing.assert_array_equal(ops.convert_to_numpy(x), [1 + number, 2 + number])
+        assert int(ops.convert_to_numpy(count)) == number
+        if number == 1:
+            traces = backend.num_traces()
+    assert backend.num_traces() == traces
+    only_read.assign(0.0)
+    assert float(step(backend.array(1.0, "float32"))["sum"]) == 0
+
+
 def test_places():
     place = backend.place_of(keras.Variable([1.0]))
     for where in (place, None):

@@ -38,6 +38,30 @@ def test_compiled_counts_traces():
     assert function.traces() <= 3
 
 
+def test_calls_after_the_first_go_past_tf_function(monkeypatch):
+    """To look at hundreds of arguments would take longer than to compute.
+
+    What the short cut rests on is `ConcreteFunction._call_flat` and
+    `EagerTensor._shape_tuple`.
+    """
+    runs = backend.compiled(lambda xs: sum(xs))
+    xs = [tf.ones((2,))] * 3
+    expected = runs(xs)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("A call that went through tf.function.")
+
+    monkeypatch.setattr(type(tf.function(len)), "__call__", refused)
+    np.testing.assert_array_equal(runs(xs), expected)
+    # Tapes see it as they see any function.
+    with tf.GradientTape() as tape:
+        tape.watch(xs[0])
+        y = runs([xs[0], xs[0], tf.ones((2,))])
+    np.testing.assert_array_equal(tape.gradient(y, xs[0]), [2.0, 2.0])
+    with pytest.raises(AssertionError, match="went through"):
+        runs([tf.Variable([1.0, 2.0])] * 3)
+
+
 def test_compiled_functions_may_return_other_structures_for_other_types():
     function = backend.compiled(lambda x: [x] * (x.dtype.size // 4))
     for _ in range(2):

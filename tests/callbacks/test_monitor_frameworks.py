@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from patience import PATIENCE
 from training import ON_JAX, assert_same, data, fit, monitor, network, state, steps
 
 import keras_curvature as kc
@@ -42,7 +43,7 @@ def test_without_tensorflow(framework, tmp_path):
         env=os.environ | {"KERAS_BACKEND": framework},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

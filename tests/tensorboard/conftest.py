@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from patience import PATIENCE
 from records import SERVED_STEPS, synthetic_record
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
@@ -28,14 +29,14 @@ class Server:
         address = f"{self.url}data/{route}"
         if query:
             address += "?" + urllib.parse.urlencode(query)
-        with urllib.request.urlopen(address, timeout=20) as response:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as response:
             body = response.read()
             kind = response.headers["Content-Type"]
         return json.loads(body) if kind.startswith("application/json") else body
 
-    def wait_for_run(self, run, seconds=40):
+    def wait_for_run(self, run):
         """Returns when the server has read something of a run."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if run in self.get("runs"):
                 return
@@ -74,7 +75,7 @@ def tensorboard_server(log_dir, load_fast):
         yield Server(address[1])
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")

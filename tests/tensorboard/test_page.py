@@ -9,6 +9,7 @@ import time
 import urllib.request
 
 import pytest
+from patience import PATIENCE
 from records import LAYERS, MODE, synthetic_record
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
@@ -98,9 +99,9 @@ class Page:
         self.browser.switch_to.frame(frame)
         self.until(lambda: self.all("#page"))
 
-    def until(self, condition, seconds=30):
+    def until(self, condition):
         wait = WebDriverWait(
-            self.browser, seconds, 0.1, [StaleElementReferenceException]
+            self.browser, PATIENCE, 0.1, [StaleElementReferenceException]
         )
         return wait.until(lambda _: condition())
 
@@ -230,7 +231,7 @@ def test_custom_scalars_begin_with_the_trace(browser, server):
     browser.switch_to.default_content()
     browser.get("about:blank")
     browser.get(server.url + "#custom_scalars")
-    shown = WebDriverWait(browser, 30, 0.2).until(
+    shown = WebDriverWait(browser, PATIENCE, 0.2).until(
         lambda _: (found := browser.execute_script(titles))[8:] and found
     )
     assert [title.split(",")[0] for title in shown[:4]] == [
@@ -364,7 +365,7 @@ def test_follows_the_theme(page, server, theme):
     features = [{"name": "prefers-color-scheme", "value": theme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page.open(server.url)
-    page.until(lambda: page.one("html").get_attribute("data-theme") == theme, seconds=5)
+    page.until(lambda: page.one("html").get_attribute("data-theme") == theme)
     ground = page.one("body").value_of_css_property("background-color")
     red = int(ground.split("(")[1].split(",")[0])
     assert red < 80 if theme == "dark" else red > 200
@@ -385,7 +386,7 @@ def test_new_records_appear_when_tensorboard_reloads(page, log_dir):
         return "later" in page.texts(".run-name")
 
     page.until(reloaded)
-    page.until(lambda: ("later/curvature", "later") in page.lines("trace"), seconds=10)
+    page.until(lambda: ("later/curvature", "later") in page.lines("trace"))
     # What was chosen before stays.
     assert page.text("#answer").startswith("At step 900 of newton")
 
@@ -397,7 +398,7 @@ def test_says_so_when_the_server_does_not_answer(page):
     page.browser.switch_to.default_content()
     page.one("app-header-reload button").click()
     page.enter()
-    page.until(lambda: "does not answer (gone)" in page.text("#problem"), seconds=10)
+    page.until(lambda: "does not answer (gone)" in page.text("#problem"))
     # What was read stays in sight.
     assert page.one("#page").get_attribute("data-state") == "ready"
 
