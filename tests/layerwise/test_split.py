@@ -1,0 +1,155 @@
+"""The diagonal in two parts, each from samples, on every backend."""
+
+import cases
+import numpy as np
+import probed_cases
+import pytest
+from keras import layers, ops
+
+import keras_curvature as kc
+from keras_curvature.diagonal import diagonal_moments, is_split, sampled_method
+from keras_curvature.layerwise import SplitDiagonal
+from keras_curvature.layerwise.output_roots import find_forms
+from keras_curvature.layerwise.rules import rule_for
+from keras_curvature.layerwise.structure import survey
+
+#: Kinds of structure: softmax in front of the loss; positions; two losses; a penalty
+#: that is no square; samples that interact; no rule for a layer.
+SPLIT = [
+    "mlp_tanh",
+    "transformer",
+    "two_outputs",
+    "penalties",
+    "batch_norm_training",
+    "gru_while",
+]
+
+
+@pytest.fixture(autouse=True)
+def _float():
+    with cases.floatx(probed_cases.FLOAT):
+        yield
+
+
+def drawn(samples, count, seed=0):
+    key = kc.estimators.seed_key(seed)
+    columns = [samples(key, i, 4) for i in range(0, count, 4)]
+    columns = [ops.convert_to_numpy(c).astype("float64") for c in columns]
+    return np.concatenate(columns, axis=1)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_both_parts_are_unbiased_together(name):
+    found = probed_cases.probed(name)
+    parts = found.op.evaluation.once(SplitDiagonal)
+    assert parts.possible
+    truth = np.diag(found.dense).astype("float64")
+    g = drawn(parts.gauss_newton, 96)
+    for kind, samples in parts.rest.items():
+        r = drawn(samples, 96)
+        error = np.sqrt((g.var(axis=1, ddof=1) + r.var(axis=1, ddof=1)) / 96)
+        distance = np.abs(g.mean(axis=1) + r.mean(axis=1) - truth)
+        assert np.all(distance <= 6 * error + 1e-5 * np.abs(truth).max()), kind
+
+
+@pytest.mark.parametrize("name", ["mlp_tanh", "two_outputs", "transformer"])
+def test_the_first_part_is_that_of_the_gauss_newton_matrix(name):
+    op = probed_cases.probed(name).op
+    parts = op.evaluation.once(SplitDiagonal)
+    exact = op.flatten(kc.hessian_diagonal(op, method="gauss_newton").value)
+    g = drawn(parts.gauss_newton, 96)
+    assert g.min() >= 0
+    error = g.std(axis=1, ddof=1) / 96**0.5
+    distance = np.abs(g.mean(axis=1) - exact)
+    assert np.all(distance <= 6 * error + 1e-5 * exact.max())
+    if parts.num_outputs < float("inf"):
+        whole = ops.convert_to_numpy(parts.exact_gauss_newton())
+        np.testing.assert_allclose(whole, exact, rtol=0, atol=1e-5 * exact.max())
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation", "form"),
+    [
+        ("mse", None, "diagonal"),
+        ("binary_crossentropy", "sigmoid", "diagonal"),
+        ("huber", "tanh", None),
+        ("categorical_crossentropy", "softmax", "softmax"),
+        ("kl_divergence", "softmax", "softmax"),
+        # Not convex in the outputs.
+        ("cosine_similarity", None, None),
+    ],
+)
+def test_forms_are_seen(loss, activation, form):
+    model = cases.sequential(
+        layers.Input((3,)),
+        layers.Dense(4, activation="tanh"),
+        layers.Dense(3),
+        *([] if activation is None else [layers.Activation(activation)]),
+        loss=loss,
+    )
+    op = kc.HessianOperator(model, cases._numbers(6, 3), cases._one_hot(6, 3))
+    forms = find_forms(op.evaluation, survey(op.evaluation)[0])
+    assert (forms and forms.forms) == (form and (form,))
+
+
+def test_methods():
+    op = probed_cases.probed("mlp_gelu").op
+    assert sampled_method(op) == "shrunk"
+    assert sampled_method(op, usual=False) == "layerwise"
+    truth = np.diag(probed_cases.probed("mlp_gelu").dense)
+    for method in ("shrunk", "split"):
+        estimate = kc.hessian_diagonal(op, method=method, num_matvecs=16)
+        # The part of three outputs is exact.
+        assert estimate.num_matvecs == 2 + 8
+        again = kc.hessian_diagonal(op, method=method, num_matvecs=16)
+        np.testing.assert_array_equal(
+            op.flatten(estimate.value), op.flatten(again.value)
+        )
+        distance = np.abs(op.flatten(estimate.value) - truth)
+        assert np.all(distance <= 6 * op.flatten(estimate.standard_error) + 1e-5)
+    few = kc.hessian_diagonal(op, method="shrunk", num_matvecs=2)
+    assert few.standard_error is None
+    precise = diagonal_moments(op, "split", tolerance=0.05).diagonal
+    assert precise.relative_standard_error <= 0.05
+    assert 16 <= precise.num_matvecs <= 1024
+
+
+def test_a_trace_without_rules_or_independent_samples():
+    """Those of BatchNormalization's networks had to be deflated before."""
+    found = probed_cases.probed("batch_norm_training")
+    trace = kc.hessian_trace(found.op, num_matvecs=32)
+    distance = abs(trace.value - np.trace(found.dense))
+    assert distance <= 4 * trace.standard_error
+    assert len(trace.blocks) == len(found.op.variables)
+
+
+def test_a_loss_that_is_not_convex_in_the_outputs():
+    model = cases.sequential(
+        layers.Input((3,)), layers.Dense(3), loss="cosine_similarity"
+    )
+    op = kc.HessianOperator(model, cases._numbers(6, 3), cases._one_hot(6, 3))
+    assert not is_split(op)
+    assert sampled_method(op) == "layerwise"
+    with pytest.raises(ValueError, match="cannot be told from the rest"):
+        kc.hessian_diagonal(op, method="shrunk")
+    plain = kc.HessianOperator.from_function(lambda p: p[0] ** 2, [np.float32(1)])
+    with pytest.raises(ValueError, match="needs a Keras model"):
+        kc.hessian_diagonal(plain, method="split")
+
+
+def test_layers_that_are_known_by_name():
+    """A table of positions has a row for each sample, though it sees none."""
+    keras_hub = pytest.importorskip("keras_hub")
+    inputs = layers.Input((4, 3))
+    position = keras_hub.layers.PositionEmbedding(6)
+    assert rule_for(position) is not None
+    hidden = layers.Dense(3, activation="tanh")(inputs + position(inputs))
+    model = cases.functional(inputs, layers.Dense(2)(hidden))
+    op = kc.HessianOperator(model, cases._numbers(5, 4, 3), cases._numbers(5, 4, 2))
+    coverage = op.evaluation.once(SplitDiagonal)._structure.coverage
+    assert set(coverage.values()) == {"layer outputs"}
+    diagonal = op.flatten(kc.hessian_diagonal(op, method="exact").value)
+    expected = np.diag(op.to_dense())
+    np.testing.assert_allclose(
+        diagonal, expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
