@@ -37,6 +37,7 @@ from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.groups import connected
 from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.statistics import ThroughStatistics
 from keras_curvature.layerwise.structure import Name, Structure
 from keras_curvature.loss import State
 
@@ -132,6 +133,7 @@ class LayerwiseDiagonal:
         if self._control_variate:
             parts, known = self._controlled(recording)
         products = [(r, group, r.product(group, group)) for r, group in parts]
+        statistics = ThroughStatistics(recording) if recording.statistics else None
         names = [name for _, group in parts for name in group]
 
         def draw(key: Tensor) -> list[Tensor]:
@@ -140,6 +142,9 @@ class LayerwiseDiagonal:
             for recorded, group, multiply in products:
                 v = {name: signs[name] for name in group}
                 part = recorded.diagonal(v, multiply(v))
+                total = [t + p for t, p in zip(total, part, strict=True)]
+            if statistics is not None:
+                part = statistics.sample(key)
                 total = [t + p for t, p in zip(total, part, strict=True)]
             return total
 
