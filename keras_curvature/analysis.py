@@ -190,9 +190,8 @@ def diagonal_moments(
     if method == "layerwise" and not by_layers:
         warnings.warn(
             "Curvature at the layers' outputs does not give the diagonal here: the "
-            "samples of a batch interact (BatchNormalization with batch statistics, or "
-            "a layer that mixes the batch), or there is no Keras model to open. Using "
-            "random signs on the parameters (Hutchinson) instead.",
+            "samples of a batch interact (a layer mixes them), or there is no Keras "
+            "model to open. Using random signs on the parameters (Hutchinson) instead.",
             stacklevel=3,
         )
     evaluation, plan = operator.evaluation, None

@@ -116,7 +116,10 @@ class ExactDiagonal:
             i for i, size in zip(penalized, penalties, strict=True) if size < threshold
         }
         sound = {i for i in structure.uses_of if i in diagonal or i not in penalized}
-        plan = self._cheapest(sound, piecewise, num_outputs, float(noise))
+        # A control variate would leave what goes through statistics of the batch, which
+        # is the most of the noise.
+        noise = math.inf if structure.statistics else float(noise)
+        plan = self._cheapest(sound, piecewise, num_outputs, noise)
         if not (piecewise or penalized) and plan.num_outputs > FEW_OUTPUTS:
             self._lasting_plan = plan
         return plan

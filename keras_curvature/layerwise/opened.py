@@ -144,9 +144,10 @@ def run_opened(
         for number, (layer, rule) in layers.items():
             call = _opened(layer, rule, number, values, trace, at_place, returned)
             stack.enter_context(keras_internals.replaced(layer, "call", call))
-        for number, layer in enumerate(loss.layers() if at_statistic else ()):
-            if keras_internals.takes_batch_moments(layer):
-                stack.enter_context(_taking(layer, number, trace, at_statistic))
+        if at_statistic is not None:
+            for number, layer in enumerate(loss.layers()):
+                if keras_internals.takes_batch_moments(layer):
+                    stack.enter_context(_taking(layer, number, trace, at_statistic))
         if at_output is not None:
             for layer in loss.layers():
                 if type(layer) in _ACTIVATIONS:

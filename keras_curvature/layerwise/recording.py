@@ -218,7 +218,8 @@ class LayerRecording:
         recording = backend.record(loss, self.point)
         self.loss, self.taps = recording.loss, recording.taps
         self.gradient = recording.gradient
-        self._moving = recording
+        #: Where the statistics move as they do.
+        self._whole = recording
         if structure.statistics:
             given |= {name: self.taps[name] for name in structure.statistics}
             slopes = {name: self.gradient[name] for name in given}
@@ -261,13 +262,13 @@ class LayerRecording:
 
         With what one statistic does to those that follow.
         """
-        return self._moving.pull_back(self.statistics, wanted)
+        return self._whole.pull_back(self.statistics, wanted)
 
     def whole_product(
         self, moved: Iterable[Name], wanted: Iterable[Name]
     ) -> Callable[[Direction], dict[Name, Tensor]]:
         """Like `product`, with statistics of the batch that move as they do."""
-        return self._moving.product(moved, wanted)
+        return self._whole.product(moved, wanted)
 
     def carried(self, cotangents: Mapping[Name, Tensor]) -> list[Tensor]:
         """`Σ_n J_nᵀ v_n + v` for every variable.

@@ -1,6 +1,6 @@
 """Curvature through the statistics that BatchNormalization takes of a batch.
 
-Batch statistics s (mean and variance of each channel) couple all samples of a batch.
+Statistics s of the batch (mean and variance of each channel) couple all its samples.
 *Given* the statistics, samples are independent. So they are taken as variables of
 their own, with the equations `s = S(z, s)` that they obey as constraints, and with
 
@@ -15,28 +15,25 @@ those that follow included),
 
 S is a mean over samples, given the statistics before: A has no terms between samples,
 and its part of the diagonal is had as for other models. The rest has few directions,
-two for each channel: with signs r on the statistics
+two for each channel: for random signs r on the statistics
 
-    E[(Gᵀ r) ⊙ (2 Jᵀ B r + Gᵀ C r)] = diag(2 Jᵀ B G + Gᵀ C G),
+    E[(Gᵀ r) ⊙ (2 Jᵀ B r + Gᵀ C r)] = diag(2 Jᵀ B G + Gᵀ C G).
 
-for a product of 𝓛 along r, and two backward passes of the statistics.
+`Gᵀ r` and `Gᵀ C r` are backward passes of the statistics, and `B r` and `C r` come with
+the product that samples A: the signs there are independent of r.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.opened import Statistic
 from keras_curvature.layerwise.recording import LayerRecording
-from keras_curvature.layerwise.structure import Structure
-
-#: Keeps the signs of statistics apart from those of layer outputs.
-_PURPOSE = 1
+from keras_curvature.layerwise.structure import Name, Structure
 
 
 class ThroughStatistics:
@@ -49,60 +46,87 @@ class ThroughStatistics:
     def __init__(self, recording: LayerRecording):
         self._recording = recording
         self._statistics = recording.statistics
-        reached = [*recording.shifts, *recording.structure.direct]
-        self._multiply = recording.product(
-            self._statistics, [*reached, *self._statistics]
-        )
-        self._back = recording.statistics_back(reached)
+        moved: list[Name] = [*recording.shifts, *recording.structure.direct]
+        self._reached: list[Name] = [*moved, *self._statistics]
+        self._back = recording.statistics_back(moved)
         self._units = _units(recording)
 
-    def sample(self, key: Tensor) -> list[Tensor]:
-        """An unbiased sample, a tensor for each variable."""
-        key = backend.fold_in(key, _PURPOSE)
-        names = self._statistics
-        return self._along(self._recording.random(backend.signs, names, key))
+    def sampler(
+        self, names: Sequence[Name]
+    ) -> Callable[[Mapping[Name, Tensor]], list[Tensor]]:
+        """The function from signs to a sample, one product for both.
+
+        Args:
+            names: what the signs are at: all statistics, and some more, whose own part
+                of the diagonal is sampled as well.
+        """
+        recording = self._recording
+        multiply = recording.product(names, self._reached)
+
+        def sample(signs: Mapping[Name, Tensor]) -> list[Tensor]:
+            u = multiply(self._direction(signs))
+            others = {n: v for n, v in signs.items() if n not in self._units}
+            parts = recording.diagonal(others, u), self._diagonal(signs, u)
+            return [a + b for a, b in zip(*parts, strict=True)]
+
+        return sample
+
+    def _direction(self, signs: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+        """Statistics are moved in their units.
+
+        Then a sample does not depend on the scale of what is normalized.
+        """
+        units = self._units
+        return {n: v * units[n] if n in units else v for n, v in signs.items()}
+
+    def _diagonal(
+        self, signs: Mapping[Name, Tensor], u: Mapping[Name, Tensor]
+    ) -> list[Tensor]:
+        """`(Gᵀ r) ⊙ (2 Jᵀ B r + Gᵀ C r)` for signs r, and the product along them."""
+        names, carried = self._statistics, self._recording.carried
+        left = carried(self._back({n: signs[n] / self._units[n] for n in names}))
+        back = self._back({n: u[n] for n in names})
+        right = carried({name: 2 * u[name] + part for name, part in back.items()})
+        return [a * b for a, b in zip(left, right, strict=True)]
 
     def exact(self) -> list[Tensor]:
         """The sum over all statistics, a tensor for each variable."""
-        sizes = {n: math.prod(u.shape) for n, u in self._units.items()}
-        dtype = max(
-            keras.backend.standardize_dtype(u.dtype) for u in self._units.values()
-        )
+        multiply = self._recording.product(self._statistics, self._reached)
+        shapes = {n: unit.shape for n, unit in self._units.items()}
 
         def entry(j: Any) -> list[Tensor]:
-            flat = ops.one_hot(j, sum(sizes.values()), dtype=dtype)
-            parts, start = {}, 0
-            for name, size in sizes.items():
-                part = ops.reshape(flat[start : start + size], self._units[name].shape)
-                parts[name] = ops.cast(part, self._units[name].dtype)
+            e: dict[Name, Tensor] = {}
+            start = 0
+            for name, unit in self._units.items():
+                size = math.prod(shapes[name])
+                # Out of range it is zero.
+                one = ops.one_hot(j - start, size, dtype=unit.dtype)
+                e[name] = ops.reshape(one, shapes[name])
                 start += size
-            return self._along(parts)
+            return self._diagonal(e, multiply(self._direction(e)))
 
-        return backend.sum_range(entry, sum(sizes.values()), 1)
-
-    def _along(self, r: Mapping[Statistic, Tensor]) -> list[Tensor]:
-        """`(Gᵀ r) ⊙ (2 Jᵀ B r + Gᵀ C r)`."""
-        units, carried = self._units, self._recording.carried
-        u = self._multiply({name: r[name] * units[name] for name in r})
-        left = carried(self._back({name: r[name] / units[name] for name in r}))
-        back = self._back({name: u[name] for name in r})
-        right = carried({name: 2 * u[name] + part for name, part in back.items()})
-        return [a * b for a, b in zip(left, right, strict=True)]
+        count = num_statistics(self._recording.structure)
+        total: list[Tensor] = backend.sum_range(entry, count, 1)
+        return total
 
 
 def num_statistics(structure: Structure) -> int:
     """The number of statistics of a batch, over all channels."""
-    return sum(int(math.prod(s.shape)) for s in structure.statistics.values())
+    # The number of channels is known: variables have it.
+    shapes: list[Any] = [s.shape for s in structure.statistics.values()]
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _units(recording: LayerRecording) -> dict[Statistic, Tensor]:
-    """What statistics are measured in: the spread of their channel, and its square.
+    """What statistics are measured in: twice their channel's spread, or its square.
 
-    Then a sample does not depend on the scale of what is normalized.
+    In one product with signs at the layers' outputs each disturbs the other: small
+    moves of the statistics drown in what the outputs' signs add to their products, and
+    large ones add more to those of the outputs. The sum is least, and flat, near this.
     """
     layers, units = recording.structure.loss.layers(), {}
     for name in recording.statistics:
         variance = recording.taps[name._replace(moment="variance")]
         square = variance + layers[name.layer].epsilon
-        units[name] = ops.sqrt(square) if name.moment == "mean" else square
+        units[name] = 2 * (ops.sqrt(square) if name.moment == "mean" else square)
     return units

@@ -131,7 +131,8 @@ class Structure:
         """A number for each name, by which random directions differ."""
         own = [name for name in self.outputs if isinstance(name, Output)]
         first = len(self.loss.variables)
-        names: list[Name] = [*range(first), *(use.place for use in self.uses), *own]
+        places = [use.place for use in self.uses]
+        names: list[Name] = [*range(first), *places, *own, *self.statistics]
         return {name: number for number, name in enumerate(names)}
 
     @functools.cached_property
