@@ -92,20 +92,18 @@ class ThroughStatistics:
     def exact(self) -> list[Tensor]:
         """The sum over all statistics, a tensor for each variable."""
         multiply = self._recording.product(self._statistics, self._reached)
-        shapes = {n: unit.shape for n, unit in self._units.items()}
+        count = num_statistics(self._recording.structure)
 
         def entry(j: Any) -> list[Tensor]:
             e: dict[Name, Tensor] = {}
             start = 0
             for name, unit in self._units.items():
-                size = math.prod(shapes[name])
-                # Out of range it is zero.
-                one = ops.one_hot(j - start, size, dtype=unit.dtype)
-                e[name] = ops.reshape(one, shapes[name])
-                start += size
+                end = start + math.prod(unit.shape)
+                one = ops.one_hot(j, count, dtype=unit.dtype)[start:end]
+                e[name] = ops.reshape(one, unit.shape)
+                start = end
             return self._diagonal(e, multiply(self._direction(e)))
 
-        count = num_statistics(self._recording.structure)
         total: list[Tensor] = backend.sum_range(entry, count, 1)
         return total
 
