@@ -205,12 +205,13 @@ class LayerRecording:
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
         self.point |= opened.zeros(state, batch)
 
-        def loss(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
+        def loss(
+            point: Direction, given: Mapping[Statistic, Tensor] | None = None
+        ) -> tuple[Tensor, dict[Any, Tensor]]:
             values = [point.get(i, value) for i, value in enumerate(state.values)]
             at = State(values, state.others)
             return opened(at, state.values, point, batch, given)
 
-        given: dict[Statistic, Tensor] = {}
         self.point |= {
             name: ops.zeros(s.shape, s.dtype)
             for name, s in structure.statistics.items()
@@ -221,9 +222,11 @@ class LayerRecording:
         #: Where the statistics move as they do.
         self._whole = recording
         if structure.statistics:
-            given |= {name: self.taps[name] for name in structure.statistics}
+            given = {name: self.taps[name] for name in structure.statistics}
             slopes = {name: self.gradient[name] for name in given}
-            recording = backend.record(_lagrangian(loss, slopes), self.point)
+            recording = backend.record(
+                _lagrangian(lambda point: loss(point, given), slopes), self.point
+            )
         self.product, self.pull_back = recording.product, recording.pull_back
         self._paths = {use.place: use.paths(self.taps) for use in structure.uses}
 
