@@ -8,6 +8,7 @@ import measure
 BENCHMARKS = (
     "matvec_cost",
     "diagonal_error",
+    "batch_normalization",
     "exact_cost",
     "subspace_tracking",
     "lanczos",

@@ -21,9 +21,8 @@ from keras_curvature.diagonal import (
     MAX_MATVECS,
     check_affordable,
     check_choice,
+    chosen,
     diagonal_moments,
-    has_layers,
-    is_split,
 )
 from keras_curvature.estimators import DeflatedMoments, Estimate
 from keras_curvature.operators import HessianOperator
@@ -131,6 +130,10 @@ def hessian_diagonal(
     return result
 
 
+#: Methods that give a diagonal, and better ones if only its sum is asked for.
+_OF_TRACE = {"shrunk": "split", "hutchinson": "deflated"}
+
+
 def hessian_trace(
     model: Any,
     x: Any = None,
@@ -185,8 +188,9 @@ def hessian_trace(
     choices = "auto", "exact", "split", "layerwise", "deflated", "hutchinson"
     check_choice(method, choices)
     operator = operator_for(model, x, y, options)
-    if method == "auto" and not (has_layers(operator) or is_split(operator)):
-        method = "deflated"
+    if method == "auto":
+        method, _ = chosen(operator, num_matvecs, seed)
+        method = _OF_TRACE.get(method, method)
     with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
             return _deflated(operator, "trace", num_matvecs, tolerance, seed, progress)

@@ -69,10 +69,23 @@ def _keeping_still(
     return keeping
 
 
-def _chosen(
-    operator: HessianOperator, num_matvecs: int | None, seed: int, usual: bool
+def chosen(
+    operator: HessianOperator,
+    num_matvecs: int | None = None,
+    seed: int = 0,
+    usual: bool = True,
 ) -> tuple[str, Plan | None]:
-    """What `method="auto"` stands for, and the plan of the exact diagonal if known."""
+    """What `method="auto"` stands for.
+
+    Args:
+        operator: a `HessianOperator`.
+        num_matvecs: the budget.
+        seed: seed of the certificates of the plan.
+        usual: whether nothing was asked for that only layerwise samples know.
+
+    Returns:
+        A method; and the plan of the exact diagonal, where that is known.
+    """
     plan = None
     if has_layers(operator):
         plan = operator.evaluation.once(ExactDiagonal).plan(seed)
@@ -86,13 +99,20 @@ def _chosen(
 def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
     """The method of samples that has the least error.
 
+    Where samples meet in the statistics of a batch, the Gauss–Newton part may be the
+    smaller one, and no samples are quieter than random signs in all layers.
+
     Args:
         operator: a `HessianOperator`.
         usual: whether nothing was asked for that only layerwise samples know.
     """
-    if usual and is_split(operator):
-        return "shrunk"
-    return "layerwise" if has_layers(operator) else "hutchinson"
+    if not has_layers(operator):
+        return "hutchinson"
+    if not usual:
+        return "layerwise"
+    if operator.evaluation.once(find_structure).statistics:
+        return "hutchinson"
+    return "shrunk" if is_split(operator) else "layerwise"
 
 
 def is_split(operator: HessianOperator) -> bool:
@@ -150,7 +170,7 @@ def diagonal_moments(
     usual = groups == "joint" and control_variate == "auto"
     plan = None
     if method == "auto":
-        method, plan = _chosen(operator, num_matvecs, seed, usual)
+        method, plan = chosen(operator, num_matvecs, seed, usual)
     if method in ("shrunk", "split"):
         return _split(operator).moments(
             estimators.check_budget(num_matvecs, tolerance)
@@ -165,9 +185,8 @@ def diagonal_moments(
     if method == "layerwise" and not by_layers:
         warnings.warn(
             "Curvature at the layers' outputs does not give the diagonal here: the "
-            "samples of a batch interact (BatchNormalization with batch statistics, or "
-            "a layer that mixes the batch), or there is no Keras model to open. Using "
-            "random signs on the parameters (Hutchinson) instead.",
+            "samples of a batch interact (a layer mixes them), or there is no Keras "
+            "model to open. Using random signs on the parameters (Hutchinson) instead.",
             stacklevel=3,
         )
         method = "hutchinson"

@@ -143,6 +143,45 @@ def with_mask(tensor: Any, mask: Any) -> Any:
     return tensor if mask is None else _MaskWriter(mask)(tensor)
 
 
+def takes_batch_moments(layer: Any) -> bool:
+    """Whether a layer may take the statistics of its batch by `batch_moments`.
+
+    Args:
+        layer: a layer; true for `BatchNormalization`, and for subclasses that compute
+            as it does.
+    """
+    kind: Any = keras.layers.BatchNormalization
+    cls: Any = type(layer)
+    return (
+        isinstance(layer, kind)
+        and cls.call is kind.call
+        and cls._moments is kind._moments
+    )
+
+
+def batch_moments(
+    layer: Any, take: Callable[[Any, Callable[[Any], Any]], Any]
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which a BatchNormalization takes its statistics from `take`.
+
+    It has them from its method `_moments`, in training mode alone; what stands in for
+    that is handed the layer's inputs and not its variables. There is no public way to
+    give it others.
+
+    Args:
+        layer: a layer that `takes_batch_moments`.
+        take: function `take(inputs, moments)` that returns mean and variance of
+            inputs for each channel. `moments(x)` are those that the layer itself would
+            take of `x`, over the entries that its mask leaves.
+    """
+    original = layer._moments
+    return replaced(
+        layer,
+        "_moments",
+        lambda inputs, mask: take(inputs, lambda x: original(x, mask)),
+    )
+
+
 class _MaskReader(keras.layers.Layer):
     """Returns the mask of its input."""
 

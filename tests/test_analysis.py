@@ -161,7 +161,7 @@ def test_auto_norm_is_exact_for_few_parameters():
 @pytest.mark.filterwarnings("error")
 def test_auto_where_samples_interact(monkeypatch):
     """No warning: nobody asked for the layers' outputs."""
-    op = operator("batch_norm_training")
+    op = operator("add_loss")
     h = op.to_dense()
     close(flat(kc.hessian_diagonal(op).value), np.diag(h))  # P products: affordable.
     monkeypatch.setattr(analysis, "AFFORDABLE_MATVECS", 2)
@@ -171,7 +171,7 @@ def test_auto_where_samples_interact(monkeypatch):
 
 
 def test_layerwise_where_samples_interact():
-    op = operator("batch_norm_training")
+    op = operator("add_loss")
     with pytest.warns(UserWarning, match="samples of a batch interact") as caught:
         estimate = kc.hessian_diagonal(op, method="layerwise", num_matvecs=4)
     assert estimate.num_matvecs == 4

@@ -71,6 +71,39 @@ def test_flat_layers_finds_layers_inside_layers():
     assert internals.flat_layers(layers.Dense(1)) == []
 
 
+def test_batch_normalization_takes_its_statistics_from_what_is_given():
+    """Or curvature through the statistics of a batch is left out."""
+    layer = layers.BatchNormalization(momentum=0.0)
+    x = ops.convert_to_tensor(X)
+    expected = array(layer(x, training=True))
+    seen = []
+
+    def take(inputs, moments):
+        mean = moments(inputs)[0]
+        seen.append((array(inputs), array(mean)))
+        # Of the entries that the mask leaves: the same average for squares.
+        return mean, moments(ops.square(inputs - mean))[0]
+
+    assert internals.takes_batch_moments(layer)
+    assert not internals.takes_batch_moments(layers.LayerNormalization())
+    with internals.batch_moments(layer, take):
+        given = array(layer(x, training=True))
+        layer(x, training=False)
+        layer(x, training=True, mask=ops.convert_to_tensor(np.arange(8) < 4))
+    (inputs, mean), (_, masked) = seen
+    np.testing.assert_array_equal(inputs, X)
+    np.testing.assert_allclose(mean, X.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(masked, X[:4].mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+    assert "_moments" not in vars(layer)
+
+    class OfItsOwn(layers.BatchNormalization):
+        def _moments(self, inputs, mask):
+            return ops.max(inputs, axis=0), ops.ones(inputs.shape[-1])
+
+    assert not internals.takes_batch_moments(OfItsOwn())
+
+
 def test_build_creates_what_is_missing_and_runs_nothing():
     """Or the first probe lacks variables, or training is not the same after it."""
     model = network()

@@ -34,6 +34,7 @@ from keras_curvature.layerwise.outputs import UNKNOWN_SIZE
 from keras_curvature.layerwise.penalties import off_diagonal, penalty
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.rules import paths, stacked_products
+from keras_curvature.layerwise.statistics import ThroughStatistics, num_statistics
 from keras_curvature.loss import State
 
 #: Beyond so many scalar outputs of a model its Gauss–Newton part is no help to samples.
@@ -115,7 +116,10 @@ class ExactDiagonal:
             i for i, size in zip(penalized, penalties, strict=True) if size < threshold
         }
         sound = {i for i in structure.uses_of if i in diagonal or i not in penalized}
-        plan = self._cheapest(sound, piecewise, num_outputs, float(noise))
+        # A control variate would leave what goes through statistics of the batch, which
+        # is the most of the noise.
+        noise = math.inf if structure.statistics else float(noise)
+        plan = self._cheapest(sound, piecewise, num_outputs, noise)
         if not (piecewise or penalized) and plan.num_outputs > FEW_OUTPUTS:
             self._lasting_plan = plan
         return plan
@@ -170,6 +174,11 @@ class ExactDiagonal:
             for variables in certified:
                 take(variables, "gauss_newton")
         total = int(cost + sum(sizes[i] for i in free))
+        if structure.statistics and set(ways.values()) != {"parameters"}:
+            total += num_statistics(structure)
+            if total >= sum(sizes):
+                ways = dict.fromkeys(ways, "parameters")
+                total = sum(sizes)
         return Plan(ways, total, num_outputs, noise)
 
     # While tracing
@@ -226,6 +235,10 @@ class ExactDiagonal:
         found |= gauss_newton.diagonal(recording, taking["gauss_newton"])
         for i, part in found.items():
             parts[i] = parts[i] + part
+        if recording.statistics and found:
+            through = ThroughStatistics(recording).exact()
+            for i in found:
+                parts[i] = parts[i] + through[i]
         return recording.loss, self._layout.joined(parts)
 
 
@@ -235,7 +248,7 @@ def by_parameters(recording: LayerRecording, i: int) -> Tensor:
     if i not in recording.point:
         return ops.zeros_like(value)
     size = math.prod(value.shape)
-    multiply = recording.product([i], [i])
+    multiply = recording.whole_product([i], [i])
 
     def entry(j: Any) -> list[Tensor]:
         e = ops.reshape(ops.one_hot(j, size, dtype=value.dtype), value.shape)

@@ -35,7 +35,7 @@ class GaussNewtonDiagonal:
     def __init__(self, evaluation: Evaluation):
         self._evaluation = evaluation
         self._structure = evaluation.once(find_structure)
-        if self._structure.samples_interact:
+        if not self._structure.samples_independent:
             raise ValueError(
                 "The Gauss–Newton diagonal is computed sample by sample, and the "
                 "samples of this model interact (BatchNormalization with batch "

@@ -7,6 +7,8 @@ of the layer. There a *shift* (zero) is added, and the layer computes with *held
 values of its variables, which are arguments of their own: what reaches the loss through
 the places is told apart from what the variables do elsewhere (penalties, other uses).
 *Taps* are tensors that were met on the way.
+
+Where BatchNormalization takes *statistics* of the batch, others may be given to it.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Tensor
@@ -48,6 +50,21 @@ class Output(NamedTuple):
     """
 
     number: int
+
+
+class Statistic(NamedTuple):
+    """A statistic that BatchNormalization takes of a batch, a number for each channel.
+
+    Attributes:
+        layer: number of the layer, among all layers of the loss.
+        call: number of the call of that layer.
+        moment: `"mean"`, or `"variance"`: the mean square of the distance from the
+            mean that the layer goes on with.
+    """
+
+    layer: int
+    call: int
+    moment: str
 
 
 class Met(NamedTuple):
@@ -89,6 +106,8 @@ class Given(NamedTuple):
 AtPlace = Callable[[Place, Met], Tensor]
 #: At an output of the model: takes its number, returns the tensor to go on with.
 AtOutput = Callable[[int, Given], Tensor]
+#: At a statistic: takes it as computed, returns the one to go on with.
+AtStatistic = Callable[[Statistic, Tensor], Tensor]
 
 
 def run_opened(
@@ -99,6 +118,7 @@ def run_opened(
     batch: Batch,
     at_place: AtPlace,
     at_output: AtOutput | None = None,
+    at_statistic: AtStatistic | None = None,
 ) -> Tensor:
     """The loss, with something done at every place, and perhaps at every output.
 
@@ -111,6 +131,7 @@ def run_opened(
         at_place: what is done at the places. A layer that runs in the body of a loop,
             whose tensors cannot leave it, is left alone.
         at_output: what is done at the outputs.
+        at_statistic: what is done at the statistics of the batch.
     """
     values = {
         id(v): (value, h)
@@ -123,6 +144,10 @@ def run_opened(
         for number, (layer, rule) in layers.items():
             call = _opened(layer, rule, number, values, trace, at_place, returned)
             stack.enter_context(keras_internals.replaced(layer, "call", call))
+        if at_statistic is not None:
+            for number, layer in enumerate(loss.layers()):
+                if keras_internals.takes_batch_moments(layer):
+                    stack.enter_context(_taking(layer, number, trace, at_statistic))
         if at_output is not None:
             for layer in loss.layers():
                 if type(layer) in _ACTIVATIONS:
@@ -190,6 +215,45 @@ def _held(
     finally:
         for variable, value in before:
             scope.add_update((variable, value))
+
+
+@contextlib.contextmanager
+def _taking(
+    layer: Any, number: int, trace: Any, at_statistic: AtStatistic
+) -> Iterator[None]:
+    """A context in which something is done at the statistics that a layer takes."""
+    original, calls, taken = layer.call, itertools.count(), list[Tensor]()
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        taken.clear()
+        return original(*args, **kwargs)
+
+    def take(x: Tensor, moments: Callable[[Tensor], Any]) -> Any:
+        if backend.current_trace() != trace:
+            return moments(x)
+        # A rule may run its layer more than once in a call.
+        if not taken:
+            name = Statistic(number, next(calls), "mean")
+            mean = at_statistic(name, moments(x)[0])
+            distance = x - _along(layer.axis, mean, x)
+            variance = moments(ops.square(distance))[0]
+            name = name._replace(moment="variance")
+            taken.extend([mean, at_statistic(name, variance)])
+        return taken
+
+    with (
+        keras_internals.replaced(layer, "call", call),
+        keras_internals.batch_moments(layer, take),
+    ):
+        yield
+
+
+def _along(axis: int, channels: Tensor, x: Tensor) -> Tensor:
+    """A number for each channel, shaped to be broadcast against `x`."""
+    shape = [1] * len(x.shape)
+    shape[axis] = x.shape[axis]
+    return ops.reshape(channels, shape)
 
 
 def _noted(

@@ -10,7 +10,14 @@ from keras import ops
 from keras_curvature import backend
 from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data_sets import Batch
-from keras_curvature.layerwise.opened import Given, Met, Output, Place, run_opened
+from keras_curvature.layerwise.opened import (
+    Given,
+    Met,
+    Output,
+    Place,
+    Statistic,
+    run_opened,
+)
 from keras_curvature.layerwise.rules import stacked_products
 from keras_curvature.layerwise.structure import (
     Name,
@@ -49,16 +56,21 @@ class OpenedLoss:
         held: list[Tensor],
         shifts: Mapping[Any, Tensor],
         batch: Batch,
+        given: Mapping[Statistic, Tensor] | None = None,
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """The loss, and what `Use.paths` and derivatives by the outputs need.
+
+        And the statistics of the batch, as they are computed.
 
         Args:
             state: values of all variables.
             held: values that the opened layers compute with.
             shifts: shifts by place; none at places that are left out.
             batch: `(x, y, sample_weight)`.
+            given: statistics in the place of those that are computed.
         """
         taps: dict[Any, Tensor] = {}
+        given = given or {}
 
         def shifted(name: Place | Output, z: Tensor) -> Tensor:
             z = z + shifts[name] if name in shifts else z
@@ -74,11 +86,18 @@ class OpenedLoss:
             taps.update(use.taps(met))
             return shifted(place, met.output)
 
-        def at_output(number: int, given: Given) -> Tensor:
+        def at_output(number: int, output: Given) -> Tensor:
             name = Output(number)
             if name not in self._outputs:
-                return given.value
-            return given.activation(shifted(name, given.before))
+                return output.value
+            return output.activation(shifted(name, output.before))
+
+        def at_statistic(name: Statistic, computed: Tensor) -> Tensor:
+            if name not in structure.statistics:
+                return computed
+            taps[name] = computed
+            statistic = given.get(name, computed)
+            return statistic + shifts[name] if name in shifts else statistic
 
         structure = self.structure
         loss = run_opened(
@@ -89,6 +108,7 @@ class OpenedLoss:
             batch,
             at_place,
             at_output if self._outputs else None,
+            at_statistic if structure.statistics else None,
         )
         return loss, taps
 
@@ -153,6 +173,10 @@ class LayerRecording:
     A variable acts through the shifts where `paths` says so; its own entry then only
     stands for what else depends on it: penalties. Used while a function is traced.
 
+    Where BatchNormalization takes statistics of the batch, products are those with them
+    held still, in the sense of `keras_curvature.layerwise.statistics`; they are entries
+    of the joint space as well.
+
     Args:
         structure: what is known of the model's layers.
         state: values of all variables.
@@ -163,7 +187,7 @@ class LayerRecording:
     Attributes:
         structure: as given.
         point: what is differentiated by: direct variables by number, zero shifts by
-            place.
+            place or statistic.
         loss, taps, gradient, product, pull_back: those of the backend's `Recording`.
     """
 
@@ -181,14 +205,28 @@ class LayerRecording:
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
         self.point |= opened.zeros(state, batch)
 
-        def loss(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
+        def loss(
+            point: Direction, given: Mapping[Statistic, Tensor] | None = None
+        ) -> tuple[Tensor, dict[Any, Tensor]]:
             values = [point.get(i, value) for i, value in enumerate(state.values)]
             at = State(values, state.others)
-            return opened(at, state.values, point, batch)
+            return opened(at, state.values, point, batch, given)
 
+        self.point |= {
+            name: ops.zeros(s.shape, s.dtype)
+            for name, s in structure.statistics.items()
+        }
         recording = backend.record(loss, self.point)
         self.loss, self.taps = recording.loss, recording.taps
         self.gradient = recording.gradient
+        #: Where the statistics move as they do.
+        self._whole = recording
+        if structure.statistics:
+            given = {name: self.taps[name] for name in structure.statistics}
+            slopes = {name: self.gradient[name] for name in given}
+            recording = backend.record(
+                _lagrangian(lambda point: loss(point, given), slopes), self.point
+            )
         self.product, self.pull_back = recording.product, recording.pull_back
         self._paths = {use.place: use.paths(self.taps) for use in structure.uses}
 
@@ -214,6 +252,43 @@ class LayerRecording:
             for path in self._paths[use.place]
             if path.variable is variable
         ]
+
+    @property
+    def statistics(self) -> list[Statistic]:
+        """The statistics of the batch."""
+        return list(self.structure.statistics)
+
+    def statistics_back(
+        self, wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """The function from cotangents at the statistics to those at other names.
+
+        With what one statistic does to those that follow.
+        """
+        return self._whole.pull_back(self.statistics, wanted)
+
+    def whole_product(
+        self, moved: Iterable[Name], wanted: Iterable[Name]
+    ) -> Callable[[Direction], dict[Name, Tensor]]:
+        """Like `product`, with statistics of the batch that move as they do."""
+        return self._whole.product(moved, wanted)
+
+    def carried(self, cotangents: Mapping[Name, Tensor]) -> list[Tensor]:
+        """`Σ_n J_nᵀ v_n + v` for every variable.
+
+        Args:
+            cotangents: `v`, at places and direct variables.
+
+        Returns:
+            A list of tensors shaped like the variables.
+        """
+        totals = []
+        for i, value in enumerate(self._made_of[0].values):
+            total = cotangents[i] if i in cotangents else ops.zeros_like(value)
+            for path, place in self.paths(i):
+                total = total + path.total(cotangents[place])
+            totals.append(total)
+        return totals
 
     def random(
         self, draw: Callable[..., Tensor], names: Iterable[Name], key: Tensor
@@ -246,3 +321,22 @@ class LayerRecording:
                 )
             diagonal.append(part)
         return diagonal
+
+
+def _lagrangian(
+    loss: Callable[[Direction], tuple[Tensor, dict[Any, Tensor]]],
+    slopes: Mapping[Statistic, Tensor],
+) -> Callable[[Direction], tuple[Tensor, dict[Any, Tensor]]]:
+    """The loss, plus the statistics times the slopes of the loss by them.
+
+    Args:
+        loss: function that gives the statistics as taps.
+        slopes: the derivatives by the statistics.
+    """
+
+    def lagrangian(point: Direction) -> tuple[Tensor, dict[Any, Tensor]]:
+        value, taps = loss(point)
+        products = [ops.sum(slope * taps[name]) for name, slope in slopes.items()]
+        return value + ops.cast(sum(products), value.dtype), taps
+
+    return lagrangian

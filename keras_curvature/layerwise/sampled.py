@@ -36,7 +36,9 @@ from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.groups import connected
+from keras_curvature.layerwise.opened import Place, Statistic
 from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.layerwise.statistics import ThroughStatistics
 from keras_curvature.layerwise.structure import Name, Structure
 from keras_curvature.loss import State
 
@@ -131,15 +133,14 @@ class LayerwiseDiagonal:
         known: dict[int, Tensor] = {}
         if self._control_variate:
             parts, known = self._controlled(recording)
-        products = [(r, group, r.product(group, group)) for r, group in parts]
+        samplers = [(group, _sampler(r, group)) for r, group in parts]
         names = [name for _, group in parts for name in group]
 
         def draw(key: Tensor) -> list[Tensor]:
             total = [known.get(i, 0.0) for i in range(len(state.values))]
             signs = recording.random(backend.signs, names, key)
-            for recorded, group, multiply in products:
-                v = {name: signs[name] for name in group}
-                part = recorded.diagonal(v, multiply(v))
+            for group, sampled in samplers:
+                part = sampled({name: signs[name] for name in group})
                 total = [t + p for t, p in zip(total, part, strict=True)]
             return total
 
@@ -151,21 +152,36 @@ class LayerwiseDiagonal:
         """The products that are left with a control variate, and the known diagonals.
 
         Variables that no rule covers have no cheap Gauss–Newton diagonal and keep their
-        products with M.
+        products with M, and so do statistics of the batch.
         """
         covered = self._structure.uses_of
         residual = recording.residual()
         left = []
         for group in self._groups:
-            reached = [n for n in group if not isinstance(n, int) or n in covered]
+            reached: list[Name] = [
+                n for n in group if isinstance(n, Place) or n in covered
+            ]
             left.append((residual, reached))
             left.append((recording, [n for n in group if n not in reached]))
         known = gauss_newton.diagonal(recording, list(covered))
         return [(r, group) for r, group in left if group], known
 
 
+def _sampler(
+    recording: LayerRecording, group: list[Name]
+) -> Callable[[dict[Name, Tensor]], list[Tensor]]:
+    """The function from signs of a group of names to its part of a sample."""
+    if any(isinstance(name, Statistic) for name in group):
+        return ThroughStatistics(recording).sampler(group)
+    multiply = recording.product(group, group)
+    return lambda v: recording.diagonal(v, multiply(v))
+
+
 def _groups(structure: Structure, groups: Any) -> list[list[Name]]:
-    """Names by group; all uses of one variable are in one group."""
+    """Names by group; all uses of one variable are in one group.
+
+    Statistics of the batch have a product of their own, or join that of all.
+    """
     variables = structure.loss.variables
     group_of = _grouping(groups, variables)
     sets: dict[Any, set[Name]] = {}
@@ -175,6 +191,8 @@ def _groups(structure: Structure, groups: Any) -> list[list[Name]]:
             names.add(i)
         layer = variable.path.rpartition("/")[0]
         sets.setdefault(group_of(layer), set()).update(names)
+    own = None if groups == "joint" else Statistic
+    sets.setdefault(own, set()).update(structure.statistics)
     number = structure.numbers
     # A layer used by two groups (a shared variable) joins them.
     return [

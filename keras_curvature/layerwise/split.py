@@ -12,6 +12,7 @@ are used once, the second where a layer is used at many positions, so that every
 them adds noise.
 """
 
+import dataclasses
 import functools
 
 from keras import ops
@@ -55,7 +56,8 @@ class SplitDiagonal:
         # others, behind an activation, and so might be the two parts.
         last = {o.layer for o in found.outputs if isinstance(o, Place)}
         alone = found.without(set(found.layers) - last)
-        structure = alone if found.samples_interact else found
+        alone = dataclasses.replace(alone, statistics={})
+        structure = found if found.samples_independent else alone
         forms = find_forms(evaluation, structure)
         self.possible = forms is not None
         if forms is None:

@@ -9,7 +9,8 @@ Three things must hold, and none is assumed:
 
 * W acts on the loss through the rule's outputs only, penalties apart;
 * no use of W feeds another: z is linear in W over all its uses;
-* samples do not interact.
+* samples do not interact, but through the statistics that BatchNormalization takes of
+  the batch (see `keras_curvature.layerwise.statistics`).
 
 The first two are read off what the loss is computed from, while nothing runs. The third
 takes a product, and so does the question whether a rule describes what its layer does.
@@ -32,13 +33,14 @@ from keras_curvature.layerwise.opened import (
     Met,
     Output,
     Place,
+    Statistic,
     run_opened,
 )
 from keras_curvature.layerwise.rules import LayerRule, rule_for
 from keras_curvature.loss import State, TrainingLoss
 
 #: What a diagonal is differentiated by: a variable by its number, or a shift.
-Name: TypeAlias = int | Place | Output
+Name: TypeAlias = int | Place | Output | Statistic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Structure:
             activation: places, or shifts of their own.
         output_shapes: shapes and types of the outputs.
         signature: the `signature` of the batch that they were found with.
-        samples_interact: whether a sample feels the shifts of other samples.
+        statistics: shapes and types of the statistics of the batch through which
+            variables act.
+        samples_interact: whether a sample feels the shifts of other samples, while
+            the statistics do not move.
     """
 
     loss: TrainingLoss
@@ -104,6 +109,7 @@ class Structure:
     outputs: tuple[Place | Output, ...]
     output_shapes: tuple[Shape, ...]
     signature: tuple[Any, ...]
+    statistics: Mapping[Statistic, Shape]
     samples_interact: bool = False
 
     @functools.cached_property
@@ -125,7 +131,8 @@ class Structure:
         """A number for each name, by which random directions differ."""
         own = [name for name in self.outputs if isinstance(name, Output)]
         first = len(self.loss.variables)
-        names: list[Name] = [*range(first), *(use.place for use in self.uses), *own]
+        places = [use.place for use in self.uses]
+        names: list[Name] = [*range(first), *places, *own, *self.statistics]
         return {name: number for number, name in enumerate(names)}
 
     @functools.cached_property
@@ -133,6 +140,11 @@ class Structure:
         """Shape and type of every shift."""
         shapes = dict(zip(self.outputs, self.output_shapes, strict=True))
         return {use.place: use.output for use in self.uses} | shapes
+
+    @property
+    def samples_independent(self) -> bool:
+        """Whether samples do not interact at all."""
+        return not (self.samples_interact or self.statistics)
 
     @property
     def num_outputs(self) -> float:
@@ -220,6 +232,7 @@ class _Survey:
         self._met: dict[Place, Met] = {}
         self._given: list[Given] = []
         self._uses: dict[Place, Use] = {}
+        self._taken: dict[Statistic, Tensor] = {}
         state, batch = evaluation.state(), evaluation.data.first()
         self._evaluation = evaluation
         outline = evaluation.outline(self._run, state.values)
@@ -230,12 +243,14 @@ class _Survey:
         # Positions among the flattened arguments of `_run`.
         self._held_at = [arguments - count + i for i in range(count)]
         self._batch_at = frozenset(range(len(tree.flatten(state)), arguments - count))
+        # The variables, held or not.
+        self._moving = frozenset((*range(count), *self._held_at))
         self._origins = outline.origins
         self._complete(outline)
 
     def _run(self, state: State, batch: Batch, held: list[Tensor]) -> Any:
         """Traced in the abstract: the loss, and what is met at places and outputs."""
-        self._met, self._given, self._uses = {}, [], {}
+        self._met, self._given, self._uses, self._taken = {}, [], {}, {}
 
         def at_place(place: Place, met: Met) -> Tensor:
             self._met[place] = met
@@ -245,8 +260,19 @@ class _Survey:
             self._given.append(given)
             return given.value
 
+        def at_statistic(name: Statistic, value: Tensor) -> Tensor:
+            self._taken[name] = value
+            return value
+
         loss = run_opened(
-            self._loss, self._layers, state, held, batch, at_place, at_output
+            self._loss,
+            self._layers,
+            state,
+            held,
+            batch,
+            at_place,
+            at_output,
+            at_statistic,
         )
         met = self._met.values()
         inputs = []
@@ -277,12 +303,23 @@ class _Survey:
             "places": [m.output for m in met],
             "values": [g.value for g in self._given],
             "before": [g.before for g in self._given],
+            "statistics": list(self._taken.values()),
         }
 
     def _complete(self, outline: Outline) -> None:
         for place, shape in zip(self._met, outline.shapes["places"], strict=True):
             self._uses[place] = dataclasses.replace(self._uses[place], output=shape)
         self._shapes = outline.shapes["before"]
+        taken = zip(
+            self._taken,
+            outline.shapes["statistics"],
+            outline.origins["statistics"],
+            strict=True,
+        )
+        # Those of constants (of the model's inputs, for instance) do not move.
+        self._statistics = {
+            name: shape for name, shape, origin in taken if origin & self._moving
+        }
 
     def structure(self) -> Structure:
         """What was found."""
@@ -309,7 +346,15 @@ class _Survey:
             self._uses[name].output if isinstance(name, Place) else shape
             for name, shape in zip(outputs, self._shapes, strict=True)
         )
-        return Structure(self._loss, uses, direct, outputs, shapes, self._signature)
+        return Structure(
+            self._loss,
+            uses,
+            direct,
+            outputs,
+            shapes,
+            self._signature,
+            self._statistics,
+        )
 
     def not_linear(self) -> list[Any]:
         """Layers whose paths depend on a variable that nothing they received does."""

@@ -83,6 +83,7 @@ def test_the_exact_diagonal_is_that_of_the_matrix(name):
 SAMPLED = [
     "mlp_gelu",
     "cnn_depthwise",
+    "batch_norm_training",
     "embedding_mask",
     "transformer",
     "gru_unrolled",
@@ -125,14 +126,16 @@ def test_the_control_variate_is_unbiased():
     assert np.all(distance <= 6 * error + 1e-4 * np.abs(np.diag(dense)).max())
 
 
-def test_samples_interact_in_batch_normalization():
-    op, _ = probed("batch_norm_training")
-    assert op.evaluation.once(find_structure).samples_interact
-    op, _ = probed("batch_norm")
-    assert not op.evaluation.once(find_structure).samples_interact
+def test_batch_normalization_couples_samples_through_its_statistics():
+    def found(op):
+        structure = op.evaluation.once(find_structure)
+        assert not structure.samples_interact
+        return [name.moment for name in structure.statistics]
+
+    assert found(probed("batch_norm_training")[0]) == ["mean", "variance"]
+    assert found(probed("batch_norm")[0]) == []
     model, x, y, *_ = cases.batch_norm_training()
-    one = kc.HessianOperator(model, x[:1], y[:1], training=True)
-    assert one.evaluation.once(find_structure).samples_interact
+    assert found(kc.HessianOperator(model, x[:1], y[:1], training=True))
 
 
 def test_noise_is_still_in_a_layer_with_a_rule_of_its_user():

@@ -27,8 +27,8 @@ from keras_curvature.layerwise.rules.rule import (
 class NormalizationRule(LayerRule):
     """Any normalization with a scale and an offset along some axes.
 
-    BatchNormalization in training mode is linear in them as well, but mixes the
-    samples, which is noticed elsewhere.
+    BatchNormalization in training mode is linear in them as well; how it mixes the
+    samples is dealt with in `keras_curvature.layerwise.statistics`.
     """
 
     def call(

@@ -1,14 +1,15 @@
 """How directions at a layer's output reach one of its variables, sample by sample.
 
 A layer that is linear in a variable W has `z_n = J_n W + const` for sample n. A *path*
-is one use of W in the model and knows `J_nᵀ`. Three things are asked of it:
+is one use of W in the model and knows `J_nᵀ`. Four things are asked of it:
 
     per_sample(inputs, v)   J_nᵀ v_n for every sample, shape (N, *W.shape)
+    total(v)                Σ_n J_nᵀ v_n, shape W.shape
     products(v, u)          Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n), shape W.shape
     basis_product(e, u)     the same for v = e, a unit vector in every sample
 
-The second is what curvature is made of, and never builds the first for more samples
-than fit into `CHUNK_ELEMENTS`; the third serves exact diagonals, and is cheaper. A path
+The third is what curvature is made of, and never builds the first for more samples
+than fit into `CHUNK_ELEMENTS`; the last serves exact diagonals, and is cheaper. A path
 is *pointwise* if products depend on `v ⊙ u` alone: then a sum over basis vectors takes
 a single call. `inputs` is the path's attribute of that name (what the
 layer received, or `None`), or its rows for some of the samples.
@@ -73,6 +74,19 @@ class OuterProduct:
     def per_sample(self, inputs: Tensor, v: Tensor) -> Tensor:
         """`J_nᵀ v_n` for every sample."""
         return self._arrange(self._outer(self._rows(inputs), self._columns(v)))
+
+    def total(self, v: Tensor) -> Tensor:
+        """`Σ_n J_nᵀ v_n`: samples are positions like others."""
+
+        def of_chunk(inputs: Tensor, v: Tensor) -> Tensor:
+            rows, columns = (
+                ops.reshape(x, (1, -1, *x.shape[2:]))
+                for x in (self._rows(inputs), self._columns(v))
+            )
+            return self._outer(rows, columns)[0]
+
+        total = backend.sum_chunks(of_chunk, [self.inputs, v], self._chunk_size(v))
+        return self._arrange(total)
 
     def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
@@ -145,6 +159,10 @@ class Elementwise:
         """`J_nᵀ v_n` for every sample."""
         return self._reduce(v if inputs is None else inputs * v)
 
+    def total(self, v: Tensor) -> Tensor:
+        """`Σ_n J_nᵀ v_n`."""
+        return ops.sum(self.per_sample(self.inputs, v), axis=0)
+
     def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""
         factor = self.inputs
@@ -178,6 +196,14 @@ class Lookup:
         """`J_nᵀ v_n` for every sample; as large as the table for each of them."""
         one_hot = ops.one_hot(inputs, self.variable.shape[0], dtype=v.dtype)
         return ops.matmul(ops.transpose(one_hot, (0, 2, 1)), _positions(v, 1))
+
+    def total(self, v: Tensor) -> Tensor:
+        """`Σ_n J_nᵀ v_n`."""
+        return ops.segment_sum(
+            ops.reshape(v, (-1, v.shape[-1])),
+            ops.reshape(self.inputs, (-1,)),
+            num_segments=self.variable.shape[0],
+        )
 
     def products(self, v: Tensor, u: Tensor) -> Tensor:
         """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`."""

@@ -59,12 +59,14 @@ def test_paths_are_the_derivatives_of_the_layer(name, float64, monkeypatch):
         v, u = directions(z, 0), directions(z, 1)
         jv, ju = by_the_tape(tape, path, z, v), by_the_tape(tape, path, z, u)
         np.testing.assert_allclose(path.per_sample(path.inputs, v), jv, atol=1e-12)
+        np.testing.assert_allclose(path.total(v), np.sum(jv, axis=0), atol=1e-12)
         expected = np.sum(jv * ju, axis=0)
         np.testing.assert_allclose(path.products(v, u), expected, atol=1e-12)
         with monkeypatch.context() as patch:
             # One sample a chunk, or as few as possible.
             patch.setattr(paths_module, "CHUNK_ELEMENTS", 1)
             np.testing.assert_allclose(path.products(v, u), expected, atol=1e-12)
+            np.testing.assert_allclose(path.total(v), np.sum(jv, axis=0), atol=1e-12)
             stacked = paths_module.stacked_products([path, path], [v, u], [u, v])
             np.testing.assert_allclose(stacked, np.sum((jv + ju) ** 2, 0), atol=1e-12)
 
