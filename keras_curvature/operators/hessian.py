@@ -17,6 +17,7 @@ from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
 from keras_curvature.loss import FunctionLoss, Loss, State, TrainingLoss
 from keras_curvature.operators.finite_differences import difference_product
+from keras_curvature.selection import given_themselves
 
 #: As its authors spell it.
 _FRAMEWORK = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[
@@ -53,8 +54,12 @@ class HessianOperator:
         class_weight: dictionary from class index to weight, as in `Model.fit`.
         loss_fn: `loss_fn(model, x, y)` returning the scalar loss, for models that
             are not compiled with one.
-        variables: Keras variables to differentiate by. Defaults to
-            `model.trainable_variables`, as they are when the operator is made.
+        variables: what to differentiate by: a pattern of paths such as
+            `"*/attention/*"`, a layer (its trainable variables), a Keras variable, or
+            a list of them. Patterns are those of file names (`fnmatch`); they match
+            paths of trainable variables, with or without the model's name in front.
+            Defaults to `model.trainable_variables`, as they are when the operator is
+            made.
         training: how the layers run. `None`, the default, is as in training without
             its noise: BatchNormalization takes the statistics of the batch, and is
             differentiated through them; Dropout, noise and augmentation are still.
@@ -82,9 +87,9 @@ class HessianOperator:
         mode: how the layers run, in words.
 
     Raises:
-        ValueError: for a model without loss or variables, inconsistent data, a data
-            set that never ends, a loss that draws other random numbers each time, or
-            an unknown `hvp`.
+        ValueError: for a model without loss or variables, a pattern that matches none,
+            inconsistent data, a data set that never ends, a loss that draws other
+            random numbers each time, or an unknown `hvp`.
     """
 
     def __init__(
@@ -96,7 +101,7 @@ class HessianOperator:
         *,
         class_weight: dict[int, float] | None = None,
         loss_fn: Callable[..., Any] | None = None,
-        variables: Sequence[Any] | None = None,
+        variables: Any = None,
         training: bool | None = None,
         batch_size: int | None = None,
         across_processes: bool = False,
@@ -106,7 +111,7 @@ class HessianOperator:
         _check_hvp(hvp)
         self._class_weight = class_weight
         self._across_processes = across_processes
-        known = variables if variables is not None else getattr(model, "weights", [])
+        known = given_themselves(variables) or getattr(model, "weights", [])
         data = self._data(known, x, y, sample_weight, batch_size)
         loss = TrainingLoss(
             model,
