@@ -16,6 +16,7 @@ BENCHMARKS = (
     "overhead",
     "large_models",
     "architectures",
+    "critical_sharpness",
 )
 
 

@@ -108,6 +108,14 @@ class Evaluation:
         """
         return Mean(self, function, numbered)
 
+    def loss_at(self, state: State) -> Tensor:
+        """The mean loss at another state than the present one: a scalar tensor."""
+        with backend.twice_differentiable():
+            return self.data.mean(
+                lambda batch: self.mean_loss.compiled(state, batch)[0],
+                on_batch=self.on_batch,
+            )
+
     def differs_by_grouping(self) -> tuple[float, float] | None:
         """Whether the mean over batches depends on which samples share a batch.
 
