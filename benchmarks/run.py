@@ -13,6 +13,7 @@ BENCHMARKS = (
     "lanczos",
     "spectrum_peers",
     "memory",
+    "memory_prediction",
     "overhead",
     "large_models",
     "architectures",

@@ -24,7 +24,16 @@ ROOMS = {
     "data": {"backend", "data_sets"},
     "loss": {"backend", "data_sets", "keras_internals", "parameters", "selection"},
     "evaluation": {"backend", "data", "loss"},
-    "operators": {"backend", "data", "data_sets", "evaluation", "loss", "selection"},
+    "memory": {"backend", "data", "evaluation"},
+    "operators": {
+        "backend",
+        "data",
+        "data_sets",
+        "evaluation",
+        "loss",
+        "memory",
+        "selection",
+    },
     "layerwise": {"backend", "data_sets", "evaluation", "keras_internals", "loss"},
     "estimators": {"backend"},
     "record": {"backend"},
@@ -71,6 +80,7 @@ OUTSIDE = {
     "backend.__init__": {"keras"},
     "backend.contract": set(),
     "backend.ctc": {"keras"},
+    "backend.host": set(),
     "backend.nested": {"jax", "keras", "optree"},
     "backend.tensorflow*": {"keras", "numpy", "tensorflow"},
     "backend.jax*": {"jax", "keras", "numpy"},
@@ -82,7 +92,10 @@ OUTSIDE = {
     "tensorboard.plugin": {"tensorboard", "werkzeug", "numpy"},
     "tensorboard": {"tensorboard", "PIL", "numpy"},
 }
-TWINS = [[name] for name in ("tensorflow", "jax", "torch", "contract", "ctc", "nested")]
+TWINS = [
+    [name]
+    for name in ("tensorflow", "jax", "torch", "contract", "ctc", "host", "nested")
+]
 ELSEWHERE = {"keras", "numpy", "scipy", "rich", "matplotlib"}
 
 

@@ -18,6 +18,9 @@ Conventions:
 | `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. `jit_compile` asks TensorFlow for XLA |
 | `num_traces()` | number of signatures compiled so far, of all functions |
 | `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |
+| `computed_bytes(function, *args)` | bytes of all tensors that the pure function computes on its way, of loops one step; runs nothing where the framework can tell without |
+| `free_memory(place)` | bytes left in that place; `None` if unknown |
+| `is_out_of_memory(error)` | whether an exception says that there was no memory left |
 | `examine(function, point)` | `Findings` about the gradient of a recorded function |
 | `gradient(function, point)` | `(loss, taps, {name: dense gradient})`, zeros where the loss does not depend on an entry |
 | `record(function, point)` | a `Recording`: derivatives that share one evaluation |

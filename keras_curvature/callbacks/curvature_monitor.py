@@ -505,7 +505,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self._announced = True
             self._say(
                 f"preparing the first probe ({operator.shape[0]:,} parameters). A "
-                f"probe takes {self._measurement.cost()}"
+                f"probe takes {self._measurement.cost()}{self._memory()}"
             )
         if self._batches_of is not None and self._data_of != step:
             operator.set_data(*self._data_at(step))
@@ -529,6 +529,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead
         return record
+
+    def _memory(self):
+        """What a probe will need, in words, where that was asked for."""
+        need, data = self._operator.need, self._operator.evaluation.data
+        return "" if need is None else f"; memory: {need.told(data)}"
 
     def _step(self):
         """The optimizer's count of its steps; ours, where it has none."""
