@@ -75,6 +75,8 @@ class TrainingLoss:
         mode: the same in words, a `str`.
         takes_batch_statistics: whether BatchNormalization takes the statistics of the
             batch. The loss then depends on how samples are put into batches.
+        unwrapped: names of the layers that run without the gradient checkpointing that
+            they have in training, because the backend would get it wrong.
         is_compiled: whether the loss is the one that the model was compiled with.
         variables: the variables that the loss is differentiated by.
         layout: their `Layout` in a flat vector.
@@ -101,7 +103,13 @@ class TrainingLoss:
         self.is_compiled = loss_fn is None
         self._loss_fn = loss_fn
         self._warned: set[tuple[type, str]] = set()
-        self._build(batch)
+        self.unwrapped = [
+            layer.name
+            for layer in keras_internals.recomputed_layers(model)
+            if not backend.RECOMPUTES
+        ]
+        with self._plain_calls():
+            self._build(batch)
         _check_gradients(model)
         self.variables = tuple(selected(model, variables))
         if not self.variables:
@@ -134,6 +142,12 @@ class TrainingLoss:
             with keras_internals.losses_at_rest(model):
                 model(batch[0], training=False)
 
+    def _plain_calls(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which layers run without what the backend gets wrong."""
+        if backend.RECOMPUTES:
+            return contextlib.nullcontext()
+        return keras_internals.nothing_recomputed(self.model)
+
     def as_in_inference(self) -> "TrainingLoss":
         """The same loss with `training=False`."""
         loss = copy.copy(self)
@@ -165,6 +179,7 @@ class TrainingLoss:
             stack.enter_context(_warning_once(self._warned))
             stack.enter_context(keras_internals.losses_at_rest(self.model))
             stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
+            stack.enter_context(self._plain_calls())
             if self.training is None:
                 stack.enter_context(_noise_at_rest(self.layers()))
             stack.enter_context(scope)

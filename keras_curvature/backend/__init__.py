@@ -37,6 +37,7 @@ else:
     )
 
 PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
+RECOMPUTES = _backend.RECOMPUTES
 array = _backend.array
 compiled = _backend.compiled
 computed_bytes = _backend.computed_bytes
@@ -71,6 +72,7 @@ wide_float = _backend.wide_float
 
 __all__ = [
     "PRODUCTS_PER_PASS",
+    "RECOMPUTES",
     "Caveat",
     "Direction",
     "Findings",

@@ -45,6 +45,7 @@ Conventions:
 | `num_replicas()` | by what Keras divides a loss in the present scope, or 1 |
 | `process()` | the number of this process and of all that were set up to work together; `None` unless the framework lets each have data of its own |
 | `sum_over_processes(x)` | the sum of what all of them pass, the same in each |
+| `RECOMPUTES` | whether gradient checkpointing computes anew what it computed before, with the values that it had |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
 | `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |

@@ -37,6 +37,9 @@ from keras_curvature.backend.jax_jaxprs import sum_range as sum_range
 #: at once cost 8.5 and 13, with two to four times the memory.
 PRODUCTS_PER_PASS = 4
 
+#: `jax.checkpoint` works on what was traced.
+RECOMPUTES = True
+
 # Derivatives
 
 _Recorded: TypeAlias = Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]]

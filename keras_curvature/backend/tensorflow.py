@@ -37,6 +37,10 @@ from keras_curvature.backend.tensorflow_loops import sum_range as sum_range
 #: 1 + 1.35 k gradients.
 PRODUCTS_PER_PASS = 4
 
+#: `tf.recompute_grad` refuses keywords in a graph, and with them every Keras layer
+#: (keras#21207).
+RECOMPUTES = False
+
 # Derivatives
 
 

@@ -62,6 +62,10 @@ __all__ = [
 #: hold the memory for longer and save little.
 PRODUCTS_PER_PASS = 4
 
+#: `torch.utils.checkpoint` calls the layer again in the backward pass, when the values
+#: that a `StatelessScope` gave to its variables are gone.
+RECOMPUTES = False
+
 # Functions
 
 

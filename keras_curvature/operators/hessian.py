@@ -480,6 +480,15 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
             f"zero: {', '.join(names)}."
         )
 
+    if isinstance(loss, TrainingLoss) and loss.unwrapped:
+        fails = " Training such a model fails there (keras#21207)."
+        _warn(
+            f"On {_FRAMEWORK}, layers that were made in a `keras.RematScope` run "
+            "without gradient checkpointing while curvature is measured, and take the "
+            f"memory of other layers: {', '.join(loss.unwrapped)}."
+            + (fails if _FRAMEWORK == "TensorFlow" else "")
+        )
+
     def places(kind: str) -> str:
         return _places(loss, [c for c in findings.caveats if c.kind == kind])
 
