@@ -353,3 +353,29 @@ def test_gradient_checkpointing(hvp):
     assert [len(m) for m in messages] == [0, 0 if kept else 1]
     fails = keras.backend.backend() == "tensorflow"
     assert kept or ("keras#21207" in messages[1][0]) == fails
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
+def test_half_precision_attention_and_batch_statistics(policy):
+    """As the same model in float32, rounding apart."""
+
+    def build(policy):
+        inputs = x = layers.Input((3, 4))
+        x = layers.MultiHeadAttention(2, 2, dtype=policy)(x, x)
+        x = layers.BatchNormalization(dtype=policy)(x)
+        outputs = layers.Dense(1, dtype=policy)(layers.Flatten()(x))
+        return cases.functional(inputs, outputs)
+
+    half, full = build(policy), build("float32")
+    for a, b in zip(full.weights, half.weights, strict=True):
+        a.assign(ops.cast(b, "float32"))
+    x, y = cases._numbers(6, 3, 4), cases._numbers(6, 1, seed=1)
+    x, y = x.astype("float32"), y.astype("float32")
+    v = np.random.default_rng(0).standard_normal(half.count_params()).astype("float32")
+    products = []
+    for model in (half, full):
+        op = HessianOperator(model, x, y)
+        assert op.dtype == np.float32 and "BatchNormalization over 6" in op.mode
+        products.append(op @ v[: op.shape[0]])
+    close(products[0], products[1], 1e-5)
+    assert half.layers[1].compute_dtype == policy.removeprefix("mixed_")
