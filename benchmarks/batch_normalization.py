@@ -13,7 +13,7 @@ import numpy as np
 from keras import layers
 
 from keras_curvature import HessianOperator
-from keras_curvature.analysis import diagonal_moments
+from keras_curvature.diagonal import diagonal_moments
 
 REPETITIONS = {1: 32, 4: 8, 16: 4}
 METHODS = ("layerwise", "hutchinson")

@@ -41,13 +41,13 @@ def _peak(task):
     return float(output.split()[-1])
 
 
-def _work(task):
+def operator():
+    """On a wide CNN and 64 images."""
     import keras
     import numpy as np
     from keras import layers
 
     import keras_curvature as kc
-    from keras_curvature.diagonal import diagonal_moments
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -64,7 +64,16 @@ def _work(task):
     model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((64, 32, 32, 3)), rng.integers(0, 10, 64)
-    op = kc.HessianOperator(model, x, y)
+    return kc.HessianOperator(model, x, y)
+
+
+def _work(task):
+    import numpy as np
+
+    import keras_curvature as kc
+    from keras_curvature.diagonal import diagonal_moments
+
+    op = operator()
     if task == "gradient":
         op.value_and_gradient()
     elif task == "matvec":

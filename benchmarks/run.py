@@ -14,10 +14,12 @@ BENCHMARKS = (
     "lanczos",
     "spectrum_peers",
     "memory",
+    "memory_prediction",
     "overhead",
     "small_calls",
     "large_models",
     "architectures",
+    "critical_sharpness",
 )
 
 

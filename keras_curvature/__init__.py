@@ -9,6 +9,7 @@ __all__ = [
     "Estimate",
     "HessianOperator",
     "LayerRule",
+    "critical_sharpness",
     "curvature_summary",
     "hessian_diagonal",
     "hessian_eigenvalues",
@@ -27,6 +28,7 @@ try:
         hessian_trace,
     )
     from keras_curvature.callbacks import CurvatureFeed, CurvatureMonitor
+    from keras_curvature.critical import critical_sharpness
     from keras_curvature.estimators import Estimate
     from keras_curvature.layerwise.rules import LayerRule, register_layer_rule
     from keras_curvature.operators import HessianOperator

@@ -6,6 +6,8 @@ like arrays. Only one that is too large for that is read anew for each pass, and
 batch is then compared with what it was the first time.
 """
 
+import copy
+import math
 import operator
 import warnings
 import weakref
@@ -54,6 +56,11 @@ class ProbeData:
             anywhere.
         across_processes: whether means go over the data of all processes.
 
+    Attributes:
+        place: as given.
+        at_once: the most samples that a batch of a pass has, see `in_parts`; `None` for
+            as many as were given together.
+
     Raises:
         ValueError: if arrays differ in their number of samples, there are no
             samples, or the data set never ends, gives no batch, or is a one-pass
@@ -71,6 +78,7 @@ class ProbeData:
         across_processes: bool = False,
     ):
         self.place = place
+        self.at_once: int | None = None
         self._class_weight = class_weight
         # The number of this process, and how many there are.
         self._process: tuple[int, int] | None = None
@@ -135,28 +143,56 @@ class ProbeData:
     def _of(cls, batches: list[tuple[Batch, int]], place: Any) -> Self:
         data = cls.__new__(cls)
         data.place, data._class_weight, data._source = place, None, batches
-        data._process = None
+        data._process, data.at_once = None, None
         return data
 
     @property
     def num_batches(self) -> int | None:
         """Number of batches in one pass; `None` if the source does not tell."""
         if isinstance(self._source, list):
-            return len(self._source)
+            return sum(len(self._cuts(size)) for _, size in self._source)
+        if self.at_once is not None:
+            return None
         return data_sets.num_batches(self._source.source)
+
+    @property
+    def largest(self) -> int:
+        """Number of samples in the largest batch; of data read anew in the first."""
+        if isinstance(self._source, list):
+            return max(self._cuts(size)[0][1] for _, size in self._source)
+        return next(iter(self))[1]
+
+    def in_parts(self, at_once: int | None) -> Self:
+        """The same data in batches of at most so many samples, as equal as can be."""
+        parts = copy.copy(self)
+        parts.at_once = at_once
+        return parts
+
+    def _cuts(self, size: int) -> list[tuple[int, int]]:
+        """Where the parts of a batch begin and end."""
+        parts = math.ceil(size / (self.at_once or size))
+        step = math.ceil(size / parts)
+        return [(start, min(start + step, size)) for start in range(0, size, step)]
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yields `((x, y, sample_weight), number of samples)`."""
-        if isinstance(self._source, list):
-            yield from self._source
-        else:
-            yield from map(self._ready, self._source)
+        kept = isinstance(self._source, list)
+        source: Any = self._source if kept else map(self._ready, self._source)
+        for batch, size in source:
+            cuts = self._cuts(size)
+            for start, end in cuts:
+                if len(cuts) == 1:
+                    yield batch, size
+                    break
+                with backend.on(self.place):
+                    part = self._placed(batch, start, end)
+                yield part
 
     def moved_to(self, place: Any) -> Self:
         """The same batches in another place, from `backend.place_of`."""
         moved = self.__class__.__new__(self.__class__)
         moved.place, moved._class_weight = place, self._class_weight
-        moved._process = self._process
+        moved._process, moved.at_once = self._process, self.at_once
         moved._source = self._source
         if isinstance(self._source, list):
             moved._source = [moved._placed(b, 0, size) for b, size in self._source]

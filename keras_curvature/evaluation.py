@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ class Evaluation:
         loss: as given.
         data: as given; other data may take its place.
         jit_compile: as given.
+        adapts: whether batches are halved where the memory runs out. The mean over
+            them must not depend on how samples are put together.
         on_batch: `None`, or a function `on_batch(done, num_batches)` that is called
             after each batch.
         mean_loss: the `Mean` of the loss itself.
@@ -41,6 +44,7 @@ class Evaluation:
         self.data = data
         self.on_batch: Callable[[int, int | None], None] | None = None
         self.jit_compile = jit_compile
+        self.adapts = False
         self._made: dict[Any, Any] = {}
         self._held: State | None = None
         self._losses_seen: list[Tensor] = []
@@ -108,6 +112,56 @@ class Evaluation:
         """
         return Mean(self, function, numbered)
 
+    def loss_at(self, state: State) -> Tensor:
+        """The mean loss at another state than the present one: a scalar tensor."""
+        return self.mean(lambda batch: self.mean_loss.compiled(state, batch)[0])
+
+    def mean(
+        self, function: Callable[..., Any], *args: Any, numbered: bool = False
+    ) -> Any:
+        """`ProbeData.mean`; in smaller batches where the memory runs out."""
+
+        def work() -> Any:
+            with backend.twice_differentiable():
+                return self.data.mean(
+                    function, *args, numbered=numbered, on_batch=self.on_batch
+                )
+
+        return self._within_memory(work)
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """What `work()` returns, with batches halved as often as it takes."""
+        before = self.data.at_once
+        while True:
+            try:
+                result = work()
+            except Exception as error:
+                if not (self.adapts and backend.is_out_of_memory(error)):
+                    raise
+                # A traceback would keep what was computed in memory.
+                failed = error.with_traceback(None)
+            else:
+                break
+            if not self._halve():
+                raise failed
+        if self.data.at_once != before:
+            warnings.warn(
+                "The memory ran out, and the probe data is taken in smaller batches "
+                f"from now on: {self.data.largest:,} samples at once.",
+                stacklevel=5,
+            )
+        return result
+
+    def _halve(self) -> bool:
+        """Halves the batches; tells whether that could be done."""
+        whole, size = self.data, self.data.largest
+        if size == 1:
+            return False
+        self.data = whole.in_parts(math.ceil(size / 2))
+        if whole.at_once is None and self.differs_by_grouping() is not None:
+            self.data, self.adapts = whole, False
+        return self.adapts
+
     def differs_by_grouping(self) -> tuple[float, float] | None:
         """Whether the mean over batches depends on which samples share a batch.
 
@@ -154,9 +208,14 @@ class Evaluation:
         The mean over the first batches of all processes, so that all draw the same
         conclusions.
         """
-        with backend.on(self.data.place), backend.twice_differentiable():
-            found = backend.compiled(function)(self.state(), self.data.first(), *args)
-            return self.data.over_processes(found, 1)
+        compiled = backend.compiled(function)
+
+        def work() -> Any:
+            with backend.on(self.data.place), backend.twice_differentiable():
+                found = compiled(self.state(), self.data.first(), *args)
+                return self.data.over_processes(found, 1)
+
+        return self._within_memory(work)
 
     def outline(self, function: Callable[..., Any], *args: Any) -> backend.Outline:
         """What is known of `function(state, batch, *args)` before it runs."""
@@ -198,13 +257,11 @@ class Mean:
         """What comes with the loss, averaged over the batches by their sizes."""
         evaluation = self._evaluation
         state = evaluation.state()
-        with backend.twice_differentiable():
-            loss, result = evaluation.data.mean(
-                lambda batch, *rest: self.compiled(state, batch, *rest),
-                *args,
-                numbered=self._numbered,
-                on_batch=evaluation.on_batch,
-            )
+        loss, result = evaluation.mean(
+            lambda batch, *rest: self.compiled(state, batch, *rest),
+            *args,
+            numbered=self._numbered,
+        )
         evaluation.saw(loss)
         return result
 

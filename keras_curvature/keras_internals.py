@@ -235,6 +235,34 @@ def twice_differentiable_layers(model: Any) -> Iterator[None]:
         yield
 
 
+def recomputed_layers(model: Any) -> list[Any]:
+    """The layers of a model, itself included, that were made in a `RematScope`.
+
+    Keras keeps the scope's mode as `_remat_mode`.
+
+    Args:
+        model: a `keras.Model`.
+    """
+    return [
+        layer
+        for layer in flat_layers(model, True)
+        if getattr(layer, "_remat_mode", None) is not None
+    ]
+
+
+@contextlib.contextmanager
+def nothing_recomputed(model: Any) -> Iterator[None]:
+    """A context in which layers run without gradient checkpointing.
+
+    Args:
+        model: a `keras.Model`.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in recomputed_layers(model):
+            stack.enter_context(replaced(layer, "_remat_mode", None))
+        yield
+
+
 def _full_precision(layer: Any) -> str:
     """The layer's policy, but for what is half precision: float32 there."""
     dtype: str = layer.variable_dtype

@@ -25,6 +25,7 @@ from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Direction, Findings, Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.parameters import Layout
+from keras_curvature.selection import selected
 
 _LOW_PRECISION = ("float16", "bfloat16")
 
@@ -59,8 +60,8 @@ class TrainingLoss:
             sample_weight)`, that returns the scalar loss, for models whose
             `train_step` does not use the compiled one. It is the whole loss: add
             `sum(model.losses)` for regularizers.
-        variables: the Keras variables to differentiate by. Defaults to
-            `model.trainable_variables` as they are now.
+        variables: what to differentiate by: variables, layers, or patterns of paths,
+            see `selection`. Defaults to `model.trainable_variables` as they are now.
         training: how the layers run. `None`: as in training, without its noise.
             BatchNormalization takes the statistics of the batch, and is differentiated
             through them; layers that draw random numbers (Dropout, noise,
@@ -74,6 +75,8 @@ class TrainingLoss:
         mode: the same in words, a `str`.
         takes_batch_statistics: whether BatchNormalization takes the statistics of the
             batch. The loss then depends on how samples are put into batches.
+        unwrapped: names of the layers that run without the gradient checkpointing that
+            they have in training, because the backend would get it wrong.
         is_compiled: whether the loss is the one that the model was compiled with.
         variables: the variables that the loss is differentiated by.
         layout: their `Layout` in a flat vector.
@@ -90,21 +93,25 @@ class TrainingLoss:
         batch: Batch,
         *,
         loss_fn: Callable[..., Any] | None = None,
-        variables: Sequence[Any] | None = None,
+        variables: Any = None,
         training: bool | None = None,
     ):
-        _check(model, loss_fn, variables)
+        _check(model, loss_fn)
         self.model = model
         self.training = training
         self.mode = MODES[training]
         self.is_compiled = loss_fn is None
         self._loss_fn = loss_fn
         self._warned: set[tuple[type, str]] = set()
-        self._build(batch)
+        self.unwrapped = [
+            layer.name
+            for layer in keras_internals.recomputed_layers(model)
+            if not backend.RECOMPUTES
+        ]
+        with self._plain_calls():
+            self._build(batch)
         _check_gradients(model)
-        self.variables = tuple(
-            model.trainable_variables if variables is None else variables
-        )
+        self.variables = tuple(selected(model, variables))
         if not self.variables:
             raise ValueError(
                 "There is nothing to differentiate by: the model has no trainable "
@@ -138,6 +145,12 @@ class TrainingLoss:
             with keras_internals.losses_at_rest(model):
                 model(batch[0], training=False)
 
+    def _plain_calls(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which layers run without what the backend gets wrong."""
+        if backend.RECOMPUTES:
+            return contextlib.nullcontext()
+        return keras_internals.nothing_recomputed(self.model)
+
     def as_in_inference(self) -> "TrainingLoss":
         """The same loss with `training=False`."""
         loss = copy.copy(self)
@@ -169,6 +182,7 @@ class TrainingLoss:
             stack.enter_context(_warning_once(self._warned))
             stack.enter_context(keras_internals.losses_at_rest(self.model))
             stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
+            stack.enter_context(self._plain_calls())
             if self.training is None:
                 stack.enter_context(_noise_at_rest(self.layers()))
             stack.enter_context(scope)
@@ -404,7 +418,7 @@ def _give(
         scope.add_update((variable, value))
 
 
-def _check(model: Any, loss_fn: Any, variables: Any) -> None:
+def _check(model: Any, loss_fn: Any) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(
             "`model` must be a `keras.Model`; for a function of parameters use "
@@ -422,13 +436,6 @@ def _check(model: Any, loss_fn: Any, variables: Any) -> None:
             "`loss_fn` must be a function `loss_fn(model, x, y)` that returns "
             f"the scalar loss. Received: loss_fn={loss_fn!r}."
         )
-    for variable in variables or ():
-        if not isinstance(variable, keras.Variable):
-            raise ValueError(
-                "`variables` must be Keras variables of the model, such as "
-                "`model.layers[0].trainable_variables`. Received: an element "
-                f"of type {type(variable).__name__}."
-            )
 
 
 def _check_gradients(model: Any) -> None:

@@ -235,13 +235,13 @@ def is_finite(record):
 def one_line(record):
     """A record in one line of text."""
 
-    def figure(name, label):
-        value = record.get(f"hessian_{name}")
+    def figure(name, label, prefix="hessian_"):
+        value = record.get(f"{prefix}{name}")
         if value is None:
             return ""
         # An eigenvalue has a bound, the others a standard error.
         error = record.get(
-            f"hessian_{name}_standard_error", record.get(f"hessian_{name}_error")
+            f"{prefix}{name}_standard_error", record.get(f"{prefix}{name}_error")
         )
         return f" - {label} {value:.4g}" + (f" ± {error:.2g}" if error else "")
 
@@ -250,6 +250,7 @@ def one_line(record):
         + figure("trace", "trace")
         + figure("frobenius_norm", "norm")
         + figure("max_eigenvalue", "max eigenvalue")
+        + figure("critical_sharpness", "critical sharpness", prefix="")
         + f" - {record['seconds']:.2f}s"
         + (f" - overhead {record['overhead']:.0%}" if "overhead" in record else "")
     )

@@ -19,11 +19,21 @@ ROOMS = {
     "keras_internals": set(),
     "progress": set(),
     "parameters": {"backend"},
+    "selection": set(),
     "data_sets": set(),
     "data": {"backend", "data_sets"},
-    "loss": {"backend", "data_sets", "keras_internals", "parameters"},
+    "loss": {"backend", "data_sets", "keras_internals", "parameters", "selection"},
     "evaluation": {"backend", "data", "loss"},
-    "operators": {"backend", "data", "data_sets", "evaluation", "loss"},
+    "memory": {"backend", "data", "evaluation"},
+    "operators": {
+        "backend",
+        "data",
+        "data_sets",
+        "evaluation",
+        "loss",
+        "memory",
+        "selection",
+    },
     "layerwise": {"backend", "data_sets", "evaluation", "keras_internals", "loss"},
     "estimators": {"backend"},
     "record": {"backend"},
@@ -35,6 +45,15 @@ ROOMS = {
         "operators",
         "progress",
     },
+    "preconditioning": {"backend", "keras_internals", "operators"},
+    "critical": {
+        "analysis",
+        "backend",
+        "loss",
+        "operators",
+        "parameters",
+        "preconditioning",
+    },
     "spectrum": {"analysis", "estimators", "progress"},
     "report": {"analysis", "progress", "record"},
     "plots": set(),
@@ -43,11 +62,13 @@ ROOMS = {
     "callbacks": {
         "analysis",
         "backend",
+        "critical",
         "data",
         "estimators",
         "keras_internals",
         "operators",
         "parameters",
+        "preconditioning",
         "record",
         "tensorboard",
     },
@@ -59,6 +80,7 @@ OUTSIDE = {
     "backend.__init__": {"keras"},
     "backend.contract": set(),
     "backend.ctc": {"keras"},
+    "backend.host": set(),
     "backend.nested": {"jax", "keras", "optree"},
     "backend.tensorflow*": {"keras", "numpy", "tensorflow"},
     "backend.jax*": {"jax", "keras", "numpy"},
@@ -70,7 +92,10 @@ OUTSIDE = {
     "tensorboard.plugin": {"tensorboard", "werkzeug", "numpy"},
     "tensorboard": {"tensorboard", "PIL", "numpy"},
 }
-TWINS = [[name] for name in ("tensorflow", "jax", "torch", "contract", "ctc", "nested")]
+TWINS = [
+    [name]
+    for name in ("tensorflow", "jax", "torch", "contract", "ctc", "host", "nested")
+]
 ELSEWHERE = {"keras", "numpy", "scipy", "rich", "matplotlib"}
 
 

@@ -37,14 +37,18 @@ else:
     )
 
 PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
+RECOMPUTES = _backend.RECOMPUTES
 array = _backend.array
 compiled = _backend.compiled
+computed_bytes = _backend.computed_bytes
 current_trace = _backend.current_trace
 examine = _backend.examine
 fold_in = _backend.fold_in
+free_memory = _backend.free_memory
 function_of_variables = _backend.function_of_variables
 gradient = _backend.gradient
 hold_cotangent = _backend.hold_cotangent
+is_out_of_memory = _backend.is_out_of_memory
 is_tensor = _backend.is_tensor
 loop_range = _backend.loop_range
 map_range = _backend.map_range
@@ -70,6 +74,7 @@ wide_float = _backend.wide_float
 
 __all__ = [
     "PRODUCTS_PER_PASS",
+    "RECOMPUTES",
     "Caveat",
     "Direction",
     "Findings",
@@ -80,13 +85,16 @@ __all__ = [
     "Tensor",
     "array",
     "compiled",
+    "computed_bytes",
     "current_trace",
     "examine",
     "flatten",
     "fold_in",
+    "free_memory",
     "function_of_variables",
     "gradient",
     "hold_cotangent",
+    "is_out_of_memory",
     "is_tensor",
     "loop_range",
     "map_range",

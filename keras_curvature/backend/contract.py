@@ -19,6 +19,9 @@ Conventions:
 | `on_variables(function, variables)` | a compiled function of `*args` that calls the pure `function(values, *args)` with the present values of the variables. That returns `(new, result)`: the first variables are assigned what is new, and the result, computed and none of the values as it is, is returned. All variables together cost little more than one |
 | `num_traces()` | number of signatures compiled so far, of all functions |
 | `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |
+| `computed_bytes(function, *args)` | bytes of all tensors that the pure function computes on its way, of loops one step; runs nothing where the framework can tell without |
+| `free_memory(place)` | bytes left in that place; `None` if unknown |
+| `is_out_of_memory(error)` | whether an exception says that there was no memory left |
 | `examine(function, point)` | `Findings` about the gradient of a recorded function |
 | `gradient(function, point)` | `(loss, taps, {name: dense gradient})`, zeros where the loss does not depend on an entry |
 | `record(function, point)` | a `Recording`: derivatives that share one evaluation |
@@ -44,6 +47,7 @@ Conventions:
 | `num_replicas()` | by what Keras divides a loss in the present scope, or 1 |
 | `process()` | the number of this process and of all that were set up to work together; `None` unless the framework lets each have data of its own |
 | `sum_over_processes(x)` | the sum of what all of them pass, the same in each |
+| `RECOMPUTES` | whether gradient checkpointing computes anew what it computed before, with the values that it had |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
 | `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |

@@ -22,6 +22,8 @@ from keras_curvature.backend.contract import (
     NotTwiceDifferentiable,
     Tensor,
 )
+from keras_curvature.backend.host import free_memory as _free_on_host
+from keras_curvature.backend.jax_jaxprs import computed_bytes as computed_bytes
 from keras_curvature.backend.jax_jaxprs import equations
 from keras_curvature.backend.jax_jaxprs import examine as examine
 from keras_curvature.backend.jax_jaxprs import loop_range as loop_range
@@ -34,6 +36,9 @@ from keras_curvature.backend.jax_jaxprs import sum_range as sum_range
 #: dense network alike), four one after the other 7.4 with the memory of one. All four
 #: at once cost 8.5 and 13, with two to four times the memory.
 PRODUCTS_PER_PASS = 4
+
+#: `jax.checkpoint` works on what was traced.
+RECOMPUTES = True
 
 # Derivatives
 
@@ -330,6 +335,33 @@ def on(place: Any) -> contextlib.AbstractContextManager[Any]:
         context: contextlib.AbstractContextManager[Any] = jax.default_device(place)
         return context
     return contextlib.nullcontext()
+
+
+def free_memory(place: Any) -> int | None:
+    """See the contract: of several devices what the fullest has, times their number."""
+    devices = [place] if isinstance(place, jax.Device) else _devices_of(place)
+    if all(device.platform == "cpu" for device in devices):
+        return _free_on_host()
+    free: list[int] = []
+    for device in devices:
+        told = device.memory_stats() or {}
+        if "bytes_limit" not in told:
+            return None
+        free.append(told["bytes_limit"] - told.get("bytes_in_use", 0))
+    return min(free) * len(free)
+
+
+def _devices_of(place: Any) -> list[Any]:
+    if place is None:
+        return [jax.local_devices()[0]]
+    return [d for d in place.device_set if d.process_index == jax.process_index()]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """See the contract."""
+    told = isinstance(error, jax.errors.JaxRuntimeError)
+    told = told and "RESOURCE_EXHAUSTED" in str(error)
+    return told or isinstance(error, MemoryError)
 
 
 def placed(x: Any, place: Any) -> Tensor:

@@ -40,6 +40,14 @@ _CALLS = {
 }
 
 
+#: Primitives whose results are their inputs in another shape, or constants.
+_KEEP_THE_MEMORY = {
+    primitives.broadcast_in_dim_p,
+    primitives.reshape_p,
+    primitives.squeeze_p,
+}
+
+
 def outline(function: Callable[..., Any], *args: Any) -> Outline:
     """See the contract."""
     flat = tree.flatten(args)
@@ -68,6 +76,27 @@ def outline(function: Callable[..., Any], *args: Any) -> Outline:
     return Outline(
         tree.pack_sequence_as(results, shapes),
         tree.pack_sequence_as(results, origins),
+    )
+
+
+def computed_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """See the contract. XLA fuses some of it, so that it is never stored."""
+    flat = tree.flatten(args)
+
+    def of_tensors(tensors: list[Tensor]) -> list[Tensor]:
+        given = iter(tensors)
+        whole = [None if x is None else next(given) for x in flat]
+        results = tree.flatten(function(*tree.pack_sequence_as(args, whole)))
+        return [x for x in results if x is not None]
+
+    traced = jax.make_jaxpr(of_tensors)([x for x in flat if x is not None])
+    return sum(
+        variable.aval.size * variable.aval.dtype.itemsize
+        for equation in equations(traced.jaxpr)
+        # What calls others has the results of the last of them.
+        if not list(jex.jaxprs_in_params(equation.params))
+        and equation.primitive not in _KEEP_THE_MEMORY
+        for variable in equation.outvars
     )
 
 

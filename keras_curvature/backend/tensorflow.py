@@ -21,7 +21,9 @@ from keras_curvature.backend.contract import (
     Tensor,
 )
 from keras_curvature.backend.ctc import ctc_loss
+from keras_curvature.backend.host import free_memory as _free_on_host
 from keras_curvature.backend.tensorflow_graphs import HELD
+from keras_curvature.backend.tensorflow_graphs import computed_bytes as computed_bytes
 from keras_curvature.backend.tensorflow_graphs import examine as examine
 from keras_curvature.backend.tensorflow_graphs import outline as outline
 from keras_curvature.backend.tensorflow_loops import compiled as compiled
@@ -34,6 +36,10 @@ from keras_curvature.backend.tensorflow_loops import sum_range as sum_range
 #: More products would make the graph larger for little gain: k of them cost about
 #: 1 + 1.35 k gradients.
 PRODUCTS_PER_PASS = 4
+
+#: `tf.recompute_grad` refuses keywords in a graph, and with them every Keras layer
+#: (keras#21207).
+RECOMPUTES = False
 
 # Derivatives
 
@@ -401,6 +407,16 @@ def placed(x: Any, place: str | None) -> Tensor:
     with on(place):
         x = array(x)
         return x if not place or x.device == place else tf.identity(x)
+
+
+def free_memory(place: str | None) -> int | None:
+    """See the contract. TensorFlow does not tell what an accelerator has."""
+    return _free_on_host() if "CPU" in (place or "CPU") else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """See the contract."""
+    return isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError))
 
 
 def num_replicas() -> int:

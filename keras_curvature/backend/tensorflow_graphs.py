@@ -89,6 +89,9 @@ HELD = "held_cotangent"
 #: Operations that read the shape of a tensor and not what it holds.
 _READ_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 
+#: Operations whose results are their inputs, or no numbers.
+_KEEP_THE_MEMORY = {"Identity", "Reshape", "ExpandDims", "Squeeze", "StopGradient"}
+
 #: Operations on floating-point numbers whose derivative is indeed zero.
 _FLAT = {"Sign", "Floor", "Ceil", "Round", "Rint"} | _READ_SHAPES
 
@@ -122,6 +125,22 @@ def outline(function: Callable[..., Any], *args: Any) -> Outline:
 
     return Outline(
         tree.map_structure(shape, results), tree.map_structure(origin, results)
+    )
+
+
+def computed_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """See the contract."""
+    with tf.__internal__.FuncGraph("computed").as_default() as graph:
+        leaves = [None if a is None else _placeholder(a) for a in tree.flatten(args)]
+        function(*tree.pack_sequence_as(args, leaves))
+    given = {leaf.op for leaf in leaves if leaf is not None}
+    return sum(
+        tensor.shape.num_elements() * tensor.dtype.size
+        for op in graph.get_operations()
+        if op not in given and op.type not in _KEEP_THE_MEMORY
+        for tensor in op.outputs
+        # What a loop keeps of its steps is opaque.
+        if tensor.shape.is_fully_defined() and tensor.dtype.size
     )
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_curvature.backend.contract import Outline, Shape, Tensor
+from keras_curvature.backend.host import free_memory as _free_on_host
 from keras_curvature.backend.torch_derivatives import (
     detached,
     examine,
@@ -60,6 +61,10 @@ __all__ = [
 #: The graph that products share is kept until the last of them: more of them would
 #: hold the memory for longer and save little.
 PRODUCTS_PER_PASS = 4
+
+#: `torch.utils.checkpoint` calls the layer again in the backward pass, when the values
+#: that a `StatelessScope` gave to its variables are gone.
+RECOMPUTES = False
 
 # Functions
 
@@ -251,6 +256,28 @@ def placed(x: Any, place: torch.device | None) -> Tensor:
         return array(x)
 
 
+def free_memory(place: torch.device | None) -> int | None:
+    """See the contract."""
+    place = place or _place()
+    if place.type == "cpu":
+        return _free_on_host()
+    if place.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(place)
+    # What PyTorch keeps for itself, and does not use now.
+    kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    return int(free + kept)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """See the contract."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    told = "can't allocate memory" in text or "out of memory" in text
+    return told and isinstance(error, RuntimeError)
+
+
 def num_replicas() -> int:
     """See the contract."""
     return 1
@@ -355,6 +382,36 @@ def _shape(x: Any) -> Shape | None:
 
 def _positions(bits: int) -> frozenset[int]:
     return frozenset(i for i in range(bits.bit_length()) if bits >> i & 1)
+
+
+def computed_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """See the contract: from one run."""
+    counted = _Computed()
+    with torch.no_grad(), counted:
+        function(*args)
+    return counted.total
+
+
+class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the memory of what operations return, if it is new.
+
+    Attributes:
+        total: in bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {_memory(x) for x in _flat((args, kwargs or {})) if is_tensor(x)}
+        results = func(*args, **(kwargs or {}))
+        for x in _flat(results):
+            if is_tensor(x) and _memory(x) not in given:
+                self.total += x.numel() * x.element_size()
+        return results
 
 
 _aten = torch.ops.aten

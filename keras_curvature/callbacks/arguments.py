@@ -27,6 +27,7 @@ def check_arguments(
     diagonal,
     diagonal_samples,
     spectral_density,
+    sharpness,
     max_overhead,
     on_error,
     verbose,
@@ -63,7 +64,12 @@ def check_arguments(
         spectral_density=spectral_density,
     )
     check(
-        num_matvecs or diagonal is not None or spectral_density,
+        sharpness in (None, "critical"),
+        'must be "critical" or None',
+        sharpness=sharpness,
+    )
+    check(
+        num_matvecs or diagonal is not None or spectral_density or sharpness,
         "leaves nothing to measure together with num_matvecs=0",
         diagonal=diagonal,
     )

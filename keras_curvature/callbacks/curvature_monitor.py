@@ -76,6 +76,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     | `…_standard_error` | their standard errors, `None` if unknown |
     | `hessian_max_eigenvalue_error` | norm of the eigenvalue's residual |
     | `hessian_preconditioned_max_eigenvalue` | largest eigenvalue that the optimizer sees; `None` until its bound, `…_error`, is below it |
+    | `critical_sharpness` | if asked for: the sharpness that a step of the optimizer meets, see `critical_sharpness`; `…_error` is its bound, `…_direction` says along what |
     | `stability_threshold` | the curvature above which the optimizer is unstable; missing, with a warning, where the probe's loss is far from that of training |
     | `seconds`, `num_matvecs` | what the probe cost |
     | `overhead` | share of the time that probes have taken so far, compilation apart |
@@ -113,6 +114,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
             the optimizer sees, `D^{-1/2} H D^{-1/2}`, where its diagonal
             preconditioner D is known (Adam, AdamW, RMSprop, DiagonalNewton).
             Takes 4 products, up to 12 where they have not found it yet.
+        sharpness: `"critical"` for the critical sharpness at every probe, along the
+            gradient divided by what the optimizer divides it by, where that is known.
+            Takes a gradient and five or six values of the loss, and no second
+            derivative: with `num_matvecs=0, diagonal=None` for models where those are
+            out of reach. Defaults to `None`.
         spectral_density: whether the density of all eigenvalues is estimated at every
             probe, or at every n-th for a number n; TensorBoard shows it as an image.
             Takes 64 products (32 Lanczos steps from each of 2 random vectors) and
@@ -149,6 +155,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         diagonal: str | None = "auto",
         diagonal_samples: int = 4,
         preconditioned: bool = True,
+        sharpness: str | None = None,
         spectral_density: bool | int = False,
         max_overhead: float | None = None,
         fresh_batches: bool = False,
@@ -167,6 +174,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             diagonal=diagonal,
             diagonal_samples=diagonal_samples,
             spectral_density=spectral_density,
+            sharpness=sharpness,
             max_overhead=max_overhead,
             on_error=on_error,
             verbose=verbose,
@@ -179,6 +187,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self.verbose = verbose if verbose == "auto" else bool(verbose)
         self._probe_data = unpacked(probe_data)
         self._num_matvecs = num_matvecs
+        self._sharpness = sharpness
         self._measurement = Measurement(
             self.seed,
             num_matvecs,
@@ -188,7 +197,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
             spectral_density,
             histograms,
             per_variable,
+            sharpness is not None,
         )
+        if not (num_matvecs or diagonal is not None or spectral_density):
+            # Nothing is differentiated twice, and nothing has to be said about that.
+            options = {"hvp": "finite_difference", **options}
         # The number of batches between probes, `None` for whole epochs.
         named: dict = {"auto": AUTO_FREQ, "epoch": None}
         self._every: int | None = named.get(update_freq, update_freq)
@@ -326,7 +339,12 @@ class CurvatureMonitor(keras.callbacks.Callback):
             "hessian_max_eigenvalue",
             "hessian_max_eigenvalue_error",
         )
-        return "hessian_trace", *(norm if self._num_matvecs else ())
+        trace = self._measurement.delivers or self._num_matvecs
+        return (
+            *(("hessian_trace",) if trace else ()),
+            *(norm if self._num_matvecs else ()),
+            *(("critical_sharpness",) if self._sharpness else ()),
+        )
 
     def _start(self):
         """Finds the place in training, and probes if that was not done there before."""
@@ -487,8 +505,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self._announced = True
             self._say(
                 f"preparing the first probe ({operator.shape[0]:,} parameters). A "
-                f"probe takes {self._measurement.cost()}: each about two gradients of "
-                "the probe data"
+                f"probe takes {self._measurement.cost()}{self._memory()}"
             )
         if self._batches_of is not None and self._data_of != step:
             operator.set_data(*self._data_at(step))
@@ -512,6 +529,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead
         return record
+
+    def _memory(self):
+        """What a probe will need, in words, where that was asked for."""
+        need, data = self._operator.need, self._operator.evaluation.data
+        return "" if need is None else f"; memory: {need.told(data)}"
 
     def _step(self):
         """The optimizer's count of its steps; ours, where it has none."""

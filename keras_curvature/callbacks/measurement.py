@@ -4,7 +4,8 @@ import numpy as np
 
 from keras_curvature import record as records
 from keras_curvature.callbacks.hand_over import hand_over
-from keras_curvature.callbacks.sharpness import Sharpness
+from keras_curvature.callbacks.sharpness import Sharpness, critical_figures
+from keras_curvature.critical import CriticalSearch
 from keras_curvature.diagonal import (
     AFFORDABLE_MATVECS,
     SAMPLED,
@@ -30,6 +31,7 @@ class Measurement:
         density_freq: every how many probes the spectral density is taken; 0 never.
         histograms: whether entries of the diagonal are counted.
         per_variable: whether they are counted by variable, besides layers.
+        critical: whether the critical sharpness is measured.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Measurement:
         density_freq,
         histograms,
         per_variable,
+        critical=False,
     ):
         self._seed = seed
         self._num_matvecs = num_matvecs
@@ -52,6 +55,7 @@ class Measurement:
         self._per_variable = per_variable
         self._subspace = DominantSubspace()
         self._sharpness = Sharpness(seed) if preconditioned and num_matvecs else None
+        self._critical = CriticalSearch() if critical else None
         self._probes = 0
 
     @property
@@ -88,6 +92,8 @@ class Measurement:
             seen, products = self._sharpness.look(model, operator)
             figures.update(seen)
             spent += products
+        if self._critical is not None:
+            figures.update(critical_figures(self._critical, model, operator))
         if self._density_freq and self._probes % self._density_freq == 0:
             density = spectral_density(operator, seed=self._seed, **DENSITY)
             figures["spectral_density"] = _plain(density)
@@ -117,7 +123,10 @@ class Measurement:
         if self._density_freq:
             products = DENSITY["num_steps"] * DENSITY["num_vectors"]
             parts.append(f"{products} products for the density")
-        return ", ".join(parts)
+        price = [f"{', '.join(parts)}: each about two gradients of the probe data"]
+        if self._critical is not None:
+            price = price * bool(parts) + ["a gradient and five to six losses"]
+        return "; and ".join(price)
 
     def _estimate_diagonal(self, operator, step):
         sampled = self._method in SAMPLED

@@ -16,7 +16,9 @@ from keras_curvature.data import ProbeData
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
 from keras_curvature.loss import FunctionLoss, Loss, State, TrainingLoss
+from keras_curvature.memory import Need
 from keras_curvature.operators.finite_differences import difference_product
+from keras_curvature.selection import given_themselves
 
 #: As its authors spell it.
 _FRAMEWORK = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[
@@ -53,8 +55,12 @@ class HessianOperator:
         class_weight: dictionary from class index to weight, as in `Model.fit`.
         loss_fn: `loss_fn(model, x, y)` returning the scalar loss, for models that
             are not compiled with one.
-        variables: Keras variables to differentiate by. Defaults to
-            `model.trainable_variables`, as they are when the operator is made.
+        variables: what to differentiate by: a pattern of paths such as
+            `"*/attention/*"`, a layer (its trainable variables), a Keras variable, or
+            a list of them. Patterns are those of file names (`fnmatch`); they match
+            paths of trainable variables, with or without the model's name in front.
+            Defaults to `model.trainable_variables`, as they are when the operator is
+            made.
         training: how the layers run. `None`, the default, is as in training without
             its noise: BatchNormalization takes the statistics of the batch, and is
             differentiated through them; Dropout, noise and augmentation are still.
@@ -63,7 +69,9 @@ class HessianOperator:
             are summed, for probes larger than memory. For losses that are means
             over samples the result is the same; others give the mean over the
             chunks, weighted by size, and a warning, as several batches of a data set
-            do.
+            do. `"auto"` takes as many as fit into the memory by a prediction, and
+            halves their number where it runs out all the same; where the result would
+            not be the same, the samples stay together.
         across_processes: whether the mean goes over the data of all processes of
             `torch.distributed`, each of which passes its own part and makes the same
             calls. Defaults to `False`.
@@ -80,12 +88,15 @@ class HessianOperator:
         shape: `(P, P)`.
         dtype: NumPy type of the products.
         mode: how the layers run, in words.
+        need: the memory that a probe will need, with `batch_size="auto"`; else `None`.
 
     Raises:
-        ValueError: for a model without loss or variables, inconsistent data, a data
-            set that never ends, a loss that draws other random numbers each time, or
-            an unknown `hvp`.
+        ValueError: for a model without loss or variables, a pattern that matches none,
+            inconsistent data, a data set that never ends, a loss that draws other
+            random numbers each time, or an unknown `hvp`.
     """
+
+    need: Need | None
 
     def __init__(
         self,
@@ -96,9 +107,9 @@ class HessianOperator:
         *,
         class_weight: dict[int, float] | None = None,
         loss_fn: Callable[..., Any] | None = None,
-        variables: Sequence[Any] | None = None,
+        variables: Any = None,
         training: bool | None = None,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
         across_processes: bool = False,
         hvp: str = "tape",
         jit_compile: bool = False,
@@ -106,11 +117,13 @@ class HessianOperator:
         _check_hvp(hvp)
         self._class_weight = class_weight
         self._across_processes = across_processes
-        known = variables if variables is not None else getattr(model, "weights", [])
-        data = self._data(known, x, y, sample_weight, batch_size)
+        known = given_themselves(variables) or getattr(model, "weights", [])
+        auto = _is_auto(batch_size)
+        data = self._data(known, x, y, sample_weight, None if auto else batch_size)
         loss = TrainingLoss(
             model,
-            data.first(),
+            # What is found out before the memory is known takes little of it.
+            data.in_parts(2).first() if auto else data.first(),
             loss_fn=loss_fn,
             variables=variables,
             training=training,
@@ -119,7 +132,10 @@ class HessianOperator:
         # Variables that were made just now may have been placed elsewhere.
         if not known:
             self.evaluation.data = data.moved_to(self.place)
-        _tell_of_grouping(self.evaluation)
+        if auto:
+            self.need = _fit_to_memory(self.evaluation)
+        if self.evaluation.data.at_once is None:
+            _tell_of_grouping(self.evaluation)
 
     @classmethod
     def from_function(
@@ -164,6 +180,7 @@ class HessianOperator:
 
     def _make(self, evaluation: Evaluation, hvp: str) -> None:
         self.evaluation = evaluation
+        self.need = None
         self.hvp = hvp
         self.variables = list(evaluation.loss.variables)
         layout = evaluation.loss.layout
@@ -195,7 +212,7 @@ class HessianOperator:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
     ) -> None:
         """Moves the operator to other data; the same shapes are not compiled again.
 
@@ -206,12 +223,15 @@ class HessianOperator:
             x: inputs or data set, as for the class.
             y: targets.
             sample_weight: weights of the samples.
-            batch_size: number of samples processed at once.
+            batch_size: number of samples processed at once. With `"auto"` for the
+                class, what was found to fit holds on.
         """
-        self.evaluation.data = self._data(
-            self.variables, x, y, sample_weight, batch_size
-        )
-        _tell_of_grouping(self.evaluation)
+        at_once = self.evaluation.data.at_once
+        given = None if _is_auto(batch_size) else batch_size
+        data = self._data(self.variables, x, y, sample_weight, given)
+        self.evaluation.data = data.in_parts(None if given else at_once)
+        if self.evaluation.data.at_once is None:
+            _tell_of_grouping(self.evaluation)
 
     def set_parameters(self, parameters: Any) -> None:
         """Moves an operator of a function to other parameters.
@@ -417,6 +437,32 @@ class HessianOperator:
         )
 
 
+def _is_auto(batch_size: Any) -> bool:
+    return isinstance(batch_size, str) and batch_size == "auto"
+
+
+def _fit_to_memory(evaluation: Evaluation) -> Need:
+    """Splits the batches so that a probe fits into memory, where that is the same."""
+    need, whole = Need.of(evaluation), evaluation.data
+    loss, fitting = evaluation.loss, need.fitting()
+    small = fitting is None or fitting >= whole.largest
+    evaluation.adapts = not (
+        isinstance(loss, TrainingLoss) and loss.takes_batch_statistics
+    )
+    if not small and evaluation.adapts:
+        evaluation.data = whole.in_parts(fitting)
+        evaluation.adapts = evaluation.differs_by_grouping() is None
+    if not small and not evaluation.adapts:
+        evaluation.data = whole
+        _warn(
+            "The probe data may not fit into memory, and in smaller batches the "
+            "figures would be others: the loss is not a mean over samples, or "
+            "BatchNormalization takes the statistics of the batch. It stays as it is: "
+            f"{need.told(whole)}. Take fewer samples, or give `batch_size` a number."
+        )
+    return need
+
+
 def _check_hvp(hvp: str) -> None:
     if hvp not in ("tape", "finite_difference"):
         raise ValueError(
@@ -432,6 +478,15 @@ def _tell(evaluation: Evaluation, by_tape: bool) -> None:
         _warn(
             "The loss does not depend on these variables; their curvature is "
             f"zero: {', '.join(names)}."
+        )
+
+    if isinstance(loss, TrainingLoss) and loss.unwrapped:
+        fails = " Training such a model fails there (keras#21207)."
+        _warn(
+            f"On {_FRAMEWORK}, layers that were made in a `keras.RematScope` run "
+            "without gradient checkpointing while curvature is measured, and take the "
+            f"memory of other layers: {', '.join(loss.unwrapped)}."
+            + (fails if _FRAMEWORK == "TensorFlow" else "")
         )
 
     def places(kind: str) -> str:

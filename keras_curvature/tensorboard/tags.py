@@ -12,8 +12,9 @@ say how certain the others are begin with a late letter.
 | `hessian/max_eigenvalue` | `hessian_max_eigenvalue` | curvature of the stiffest direction |
 | `hessian/two_over_learning_rate` | `two_over_learning_rate` | where gradient descent turns unstable; only for plain gradient descent |
 | `hessian/preconditioned_max_eigenvalue` | `hessian_preconditioned_max_eigenvalue` | the same as the optimizer sees it |
+| `hessian/critical_sharpness` | `critical_sharpness` | sharpness that a step of the optimizer meets, on request |
 | `hessian/stability_threshold` | `stability_threshold` | curvature above which the optimizer is unstable |
-| `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error`, `hessian_preconditioned_max_eigenvalue_error` | standard error; for eigenvalues the bound that the residual gives |
+| `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error`, `hessian_preconditioned_max_eigenvalue_error`, `critical_sharpness_error` | standard error; for eigenvalues the bound that the residual gives, for the critical sharpness half the interval |
 | `uncertainty_band/<figure>_lower`, `_upper` | the first three | value ∓ 2 standard errors; value ∓ bound for the eigenvalue; the value itself where no error is known |
 | `probe/loss`, `probe/learning_rate`, `probe/seconds`, `probe/num_matvecs`, `probe/overhead` | `loss`, `learning_rate`, `seconds`, `num_matvecs`, `overhead` | loss on the probe batch; what the probe cost |
 | `layer_diagonal_mean/<layer>` | `diagonal_mean` | mean of the diagonal |
@@ -126,6 +127,12 @@ PRECONDITIONED = Figure(
     "Largest eigenvalue of the Hessian as the optimizer sees it: with its diagonal "
     "preconditioner on both sides.",
 )
+CRITICAL_SHARPNESS = Figure(
+    "critical_sharpness",
+    "hessian/critical_sharpness",
+    "2 / rate, for the smallest rate at which a step along the (preconditioned) "
+    "gradient raises the loss.",
+)
 STABILITY_THRESHOLD = Figure(
     "stability_threshold",
     "hessian/stability_threshold",
@@ -138,6 +145,7 @@ HESSIAN_FIGURES = (
     MAX_EIGENVALUE,
     TWO_OVER_LEARNING_RATE,
     PRECONDITIONED,
+    CRITICAL_SHARPNESS,
     STABILITY_THRESHOLD,
 )
 HESSIAN_ERRORS = (
@@ -162,6 +170,11 @@ HESSIAN_ERRORS = (
         "uncertainty/preconditioned_max_eigenvalue",
         "The same for the Hessian as the optimizer sees it. Its eigenvalue is left out "
         "while this is not below it.",
+    ),
+    Figure(
+        "critical_sharpness_error",
+        "uncertainty/critical_sharpness",
+        "Half of the interval in which the critical sharpness was found.",
     ),
 )
 BANDS = (

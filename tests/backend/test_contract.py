@@ -857,3 +857,36 @@ def test_a_tensor_of_the_point_that_is_also_used_beside_it_is_a_constant_there()
     recording = backend.record(function, {"x": x})
     product = recording.product(["x"], ["x"])({"x": ops.ones_like(x)})
     np.testing.assert_allclose(ops.convert_to_numpy(product["x"]), [2.0, 4.0])
+
+
+# Memory
+
+
+def test_computed_bytes_grow_with_the_batch():
+    def function(x, w, nothing):
+        assert nothing is None
+        return ops.mean(ops.tanh(ops.matmul(x, w)))
+
+    def count(samples):
+        x, w = (backend.array(numbers(*s), "float32") for s in ((samples, 5), (5, 8)))
+        return backend.computed_bytes(function, x, w, None)
+
+    # Of each sample a row of the product and its hyperbolic tangent.
+    assert count(6) - count(4) == 2 * 2 * 8 * 4
+
+
+def test_free_memory_of_the_host():
+    free = backend.free_memory(backend.place_of(keras.Variable(np.ones(3))))
+    if free is not None:
+        assert 2**20 < free < 2**50
+
+
+def test_out_of_memory_is_known():
+    with pytest.raises(Exception) as caught:  # 256 TiB.
+        ops.convert_to_numpy(ops.ones((2**46,), "float32"))
+    assert backend.is_out_of_memory(caught.value)
+    assert backend.is_out_of_memory(MemoryError())
+    with pytest.raises(Exception) as caught:
+        ops.matmul(ops.ones((2, 3)), ops.ones((2, 3)))
+    assert not backend.is_out_of_memory(caught.value)
+    assert not backend.is_out_of_memory(ValueError("out of memory"))

@@ -4,6 +4,7 @@ Expected numbers come from formulas, or from central differences of the operator
 gradient, which is checked against Keras' training loss elsewhere.
 """
 
+import contextlib
 import warnings
 
 import cases
@@ -326,3 +327,55 @@ def test_functions_that_are_refused():
         HessianOperator.from_function(lambda p: p[0] ** 2, [np.ones(2, "float32")])
     with pytest.raises(ValueError, match="`hvp` must be"):
         HessianOperator.from_function(quartic, quartic_parameters(), hvp="jvp")
+
+
+@pytest.mark.parametrize("hvp", ["tape", "finite_difference"])
+def test_gradient_checkpointing(hvp):
+    """As without: also where the loss is differentiated away from the weights."""
+    found, messages = [], []
+    for scope in (contextlib.nullcontext(), keras.RematScope(mode="full")):
+        with scope:
+            case = small()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            op = HessianOperator(case.model, case.x, case.y, hvp=hvp)
+        v = np.random.default_rng(0).standard_normal(op.shape[0]).astype("float32")
+        found.append(op @ v)
+        # Layers are opened where nothing is traced that could hide them.
+        if hvp == "tape" and keras.backend.backend() == "torch":
+            samples = kc.hessian_diagonal(op, method="layerwise", num_matvecs=1)
+            assert all(np.isfinite(part).all() for part in samples.value)
+        messages.append([m for m in map(str, caught) if "RematScope" in m])
+    modes = [layer._remat_mode for layer in case.model.layers]
+    assert all(mode.mode == "full" for mode in modes)  # As it was.
+    close(found[1], found[0])
+    kept = keras.backend.backend() == "jax"
+    assert [len(m) for m in messages] == [0, 0 if kept else 1]
+    fails = keras.backend.backend() == "tensorflow"
+    assert kept or ("keras#21207" in messages[1][0]) == fails
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
+def test_half_precision_attention_and_batch_statistics(policy):
+    """As the same model in float32, rounding apart."""
+
+    def build(policy):
+        inputs = x = layers.Input((3, 4))
+        x = layers.MultiHeadAttention(2, 2, dtype=policy)(x, x)
+        x = layers.BatchNormalization(dtype=policy)(x)
+        outputs = layers.Dense(1, dtype=policy)(layers.Flatten()(x))
+        return cases.functional(inputs, outputs)
+
+    half, full = build(policy), build("float32")
+    for a, b in zip(full.weights, half.weights, strict=True):
+        a.assign(ops.cast(b, "float32"))
+    x, y = cases._numbers(6, 3, 4), cases._numbers(6, 1, seed=1)
+    x, y = x.astype("float32"), y.astype("float32")
+    v = np.random.default_rng(0).standard_normal(half.count_params()).astype("float32")
+    products = []
+    for model in (half, full):
+        op = HessianOperator(model, x, y)
+        assert op.dtype == np.float32 and "BatchNormalization over 6" in op.mode
+        products.append(op @ v[: op.shape[0]])
+    close(products[0], products[1], 1e-5)
+    assert half.layers[1].compute_dtype == policy.removeprefix("mixed_")
