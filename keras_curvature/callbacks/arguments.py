@@ -26,6 +26,8 @@ def check_arguments(
     diagonal,
     diagonal_samples,
     spectral_density,
+    top_layers,
+    also_log,
     max_overhead,
     on_error,
     verbose,
@@ -60,6 +62,16 @@ def check_arguments(
         isinstance(spectral_density, bool) or is_count(spectral_density, 0),
         "must be True for one at every probe, n for one at every n-th, or False",
         spectral_density=spectral_density,
+    )
+    check(
+        top_layers is None or is_count(top_layers, 0),
+        "must be a number of layers, or None for all",
+        top_layers=top_layers,
+    )
+    check(
+        not isinstance(also_log, str) and all(isinstance(k, str) for k in also_log),
+        "must be a sequence of keys of the record",
+        also_log=also_log,
     )
     check(
         num_matvecs or diagonal is not None or spectral_density,
