@@ -105,15 +105,13 @@ def page_values(record: Mapping[str, Any], step: int) -> Iterator[Value]:
     figures = {key: record.get(key) for key in _PAGE_KEYS}
     for key, value in (record.get("optimizer") or {}).items():
         figures[f"{tags.OPTIMIZER}/{key}"] = value
-    known = {key: value for key, value in figures.items() if value is not None}
     yield _of_the_page(
-        f"{tags.PAGE_FIGURES}/{step}", _row(known, list(known)), list(known)
+        f"{tags.PAGE_FIGURES}/{step}", _row(figures, list(figures)), list(figures)
     )
-    layers = record.get("layers") or ()
-    keys = [k for k in tags.LAYER_KEYS if any(p.get(k) is not None for p in layers)]
-    if keys:
-        rows = np.stack([_row(part, keys) for part in layers])
-        yield _of_the_page(f"{tags.PAGE_LAYERS}/{step}", rows, keys)
+    layers = record.get("layers")
+    if layers:
+        rows = np.stack([_row(layer, tags.LAYER_KEYS) for layer in layers])
+        yield _of_the_page(f"{tags.PAGE_LAYERS}/{step}", rows, tags.LAYER_KEYS)
     density = record.get("spectral_density")
     if density is not None:
         grid, value = density["grid"], density["density"]

@@ -113,8 +113,10 @@ class CurvatureWriter:
         self._last: int | None = None
         # Layers with tags of their own; None until a record names its layers.
         self._shown: set[str] | None = None
-        # What the page's tags are named after, and how many records they hold.
+        # What the page's tags are named after, and how many records they hold. A tag
+        # names its figures once, and an optimizer may tell others than before.
         self._tagged, self._in_tag = 0, tags.PROBES_PER_TAG
+        self._of_optimizer: list[str] = []
 
     def _recall(self, step: int) -> None:
         """Goes on from what the event files hold up to a step; the rest goes."""
@@ -136,8 +138,10 @@ class CurvatureWriter:
                 may be written.
         """
         step = _step_of(record)
-        if self._in_tag == tags.PROBES_PER_TAG:
+        of_optimizer = list(record.get("optimizer") or ())
+        if self._in_tag == tags.PROBES_PER_TAG or of_optimizer != self._of_optimizer:
             self._tagged, self._in_tag = step, 0
+            self._of_optimizer = of_optimizer
         values = [
             *summaries.record_values(record, self._layers(record), self._per_variable),
             *summaries.page_values(record, self._tagged),

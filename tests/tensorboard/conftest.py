@@ -20,8 +20,9 @@ from keras_curvature.tensorboard.writer import CurvatureWriter
 class Server:
     """A running TensorBoard, asked over HTTP."""
 
-    def __init__(self, url):
+    def __init__(self, url, pid):
         self.url = url
+        self.pid = pid
 
     def get(self, route, **query):
         """The body of a response, parsed if it is JSON."""
@@ -71,7 +72,7 @@ def tensorboard_server(log_dir, load_fast):
             raise RuntimeError("TensorBoard did not start:\n" + "".join(said))
         # What it says later must not fill the pipe.
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield Server(address[1])
+        yield Server(address[1], process.pid)
     finally:
         process.terminate()
         process.wait(timeout=20)
@@ -90,7 +91,10 @@ def served_logs(tmp_path_factory):
     # What is missing or not a number must not spoil the page.
     with CurvatureWriter(directory / "sparse") as writer:
         writer.write({"step": 1, "loss": 0.5, "hessian_trace": float("nan")})
-        writer.write({"step": 2, "hessian_trace": 4.0, "two_over_learning_rate": 4.0})
+        density = {"grid": [0.0, 1.5], "density": [0.5, 1 / 6]}
+        density["standard_error"] = [0.125, 0.0]
+        figures = {"hessian_trace": 4.0, "two_over_learning_rate": 4.0}
+        writer.write({"step": 2, "spectral_density": density, **figures})
     return directory
 
 
