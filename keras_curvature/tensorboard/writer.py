@@ -10,9 +10,6 @@ from tensorboard.compat.proto.event_pb2 import Event
 from keras_curvature.tensorboard import event_file, summaries, tags
 from keras_curvature.tensorboard.event_file import EventFile
 
-# Each record has some of these.
-_SCALARS = {figure.tag for figure in tags.GLOBAL_FIGURES}
-
 
 class CurvatureWriter:
     """Writes records of curvature for TensorBoard.
@@ -190,7 +187,7 @@ def _recalled(events: Iterable[Event]) -> tuple[int | None, set[str]]:
     prefixes = tuple(figure.of("") for figure in tags.LAYER_FIGURES)
     for event in events:
         for value in event.summary.value:
-            if value.tag in _SCALARS:
+            if value.tag.startswith(f"{tags.PAGE_FIGURES}/"):
                 last = max(event.step, -1 if last is None else last)
             elif value.tag.startswith(prefixes):
                 layers.add(value.tag.partition("/")[2])

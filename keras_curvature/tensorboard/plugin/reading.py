@@ -223,9 +223,10 @@ class Reader:
             keys = json.loads(known[tag].plugin_content)
             columns = [tags.LAYER_KEYS.index(key) for key in keys]
             for point in found:
-                if point.step in place:  # It may have come after the steps were read.
-                    own = [table for step, table in tables if step <= point.step][-1][0]
-                    rows = _in_order(point.numpy, own, names)
+                own = [table[0] for step, table in tables if step <= point.step]
+                # It may have come after the steps were read, or before its names.
+                if point.step in place and own:
+                    rows = _in_order(point.numpy, own[-1], names)
                     values[place[point.step]][:, columns] = rows
         return values
 

@@ -29,10 +29,14 @@ export class Comparison {
    */
   update({runs, name, versus, figure, rows, note}) {
     this.of.textContent = `${figure.label} of ${name}, compared with `;
-    this.select.replaceChildren(
-      html('option', {value: ''}, 'no other run'),
-      ...runs.map((one) => html(
-        'option', {value: one.run, selected: one.run === versus}, one.name)));
+    const key = JSON.stringify(runs);
+    if (key !== this.offered) {
+      this.offered = key;
+      this.select.replaceChildren(
+        html('option', {value: ''}, 'no other run'),
+        ...runs.map((one) => html('option', {value: one.run}, one.name)));
+    }
+    this.select.value = versus ?? '';
     this.note.textContent = note;
     this.note.hidden = !note;
     const format = figure.scale === 'share' ? formatShare : formatNumber;

@@ -84,10 +84,15 @@ export class HeatMap {
     Object.assign(this, {rows, steps, columns, figure, scale, selected});
     this.row = rows.length <= 14 ? 28 : rows.length <= 40 ? 20 : 16;
     this.labels.style.lineHeight = `${this.row}px`;
-    const focused = document.activeElement?.dataset?.name;
-    this.labels.replaceChildren(...rows.map((row) => this.label(row)));
-    if (focused && this.labels.contains !== undefined) {
-      [...this.labels.children].find((one) => one.dataset.name === focused)?.focus();
+    const key = JSON.stringify([
+      selected, rows.map(({name, group, folded, size}) => [name, group, folded, size])]);
+    if (key !== this.labelled) {
+      this.labelled = key;
+      const focused = document.activeElement?.dataset?.name;
+      this.labels.replaceChildren(...rows.map((row) => this.label(row)));
+      if (focused) {
+        [...this.labels.children].find((one) => one.dataset.name === focused)?.focus();
+      }
     }
     this.note.textContent = note ?? (scale.zero ? 'All values are zero.' : '');
     this.note.hidden = !this.note.textContent;

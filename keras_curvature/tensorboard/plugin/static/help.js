@@ -30,12 +30,12 @@ export const HELP = {
     'a negative value. Choose a row to see its curve. Arrow keys move up and down.',
   layer: 'The chosen layer in all runs that are shown. Layers of other runs are found by ' +
     'name, whatever numbers Keras has given them.',
-  density: 'How many eigenvalues of the Hessian lie where, at each probe that looked. Few are ' +
+  density: 'How many eigenvalues of the Hessian lie where, brighter for more. Few are ' +
     'large; what lies below zero are directions in which the loss curves down.',
-  histogram: 'How many weights have which curvature, at each probe. The axis counts decades ' +
-    'on both sides of zero.',
-  gradient_histogram: 'How many weights have which gradient, at each probe. The axis counts ' +
-    'decades on both sides of zero.',
+  histogram: 'How many weights have which curvature, at each probe, brighter for more. The axis ' +
+    'counts decades on both sides of zero.',
+  gradient_histogram: 'How many weights have which gradient, at each probe, brighter for more. The ' +
+    'axis counts decades on both sides of zero.',
   comparison: 'The chosen figure of each layer at the last probe of both runs. Bars to the ' +
     'right: larger in this run; to the left: smaller.',
 };

@@ -66,6 +66,8 @@ class Page {
     this.layerFigures = new Arrivals(fetchLayer, soon);
     this.densities = new Arrivals(fetchDensity, soon);
     this.histograms = new Arrivals(fetchHistogram, soon);
+    this.arrivals = [this.matrices, this.layerFigures, this.densities, this.histograms];
+    this.built = new Map();
     this.restore(readState());
     this.build();
   }
@@ -313,7 +315,6 @@ class Page {
     this.drawFigures(table);
     if (!filled) return;
     const rows = this.rowsOf(this.focus, this.figure.key);
-    this.content.setAttribute('aria-busy', String(rows === undefined));
     if (!table.layers.includes(this.layer)) {
       this.layer = this.stiffest(table, rows)?.layer ?? null;
       this.chosenLayer = false;
@@ -323,6 +324,16 @@ class Page {
     this.drawCurves();
     this.drawStrata(table);
     this.drawComparison(table, rows);
+    const waiting = this.arrivals.some((one) => one.waiting > 0);
+    this.content.setAttribute('aria-busy', String(waiting));
+  }
+
+  /** Fills a node anew if what it follows from has changed: what is pressed stays there. */
+  renew(node, key, build) {
+    const text = JSON.stringify([key, document.documentElement.dataset.theme]);
+    if (this.built.get(node) === text) return;
+    this.built.set(node, text);
+    node.replaceChildren(...build());
   }
 
   /** A figure's values by layer and step; null where there is none, undefined while read. */
@@ -350,7 +361,8 @@ class Page {
       this.prefix ? `All begin with ${this.prefix}` : '',
       rest ? `${rest} more do not match` : ''].filter(Boolean).join('. ');
     this.runNote.hidden = !this.runNote.textContent;
-    this.runList.replaceChildren(...listed.map(({run, last_step: last}) => {
+    const seen = [listed, [...this.compared ?? []], this.focus, this.prefix];
+    this.renew(this.runList, seen, () => listed.map(({run, last_step: last}) => {
       const box = html('input', {
         type: 'checkbox', checked: this.compared.has(run), title: 'Show in the curves',
         'aria-label': `Show ${run} in the curves`,
@@ -374,7 +386,8 @@ class Page {
   drawFigures(table) {
     const known = table ? FIGURES.filter(({key}) => table.layer_keys.includes(key)) : [];
     if (known.length && !known.includes(this.figure)) this.figure = known[0];
-    this.figureList.replaceChildren(...known.map((figure) => {
+    const keys = known.map(({key}) => key);
+    this.renew(this.figureList, [keys, this.figure.key], () => known.map((figure) => {
       const button = html('input', {
         type: 'radio', name: 'figure', value: figure.key, checked: figure === this.figure,
         onchange: () => this.select({figure}),
@@ -413,7 +426,7 @@ class Page {
       const last = lastOf(table.figures[key]);
       if (last === null) return null;
       const text = formatWithError(last.value, table.figures[error]?.[last.at], format);
-      return tileOf(label, key, text);
+      return [label, key, text];
     };
     const seconds = table.figures.seconds;
     const first_seconds = firstOf(seconds)?.value ?? null;
@@ -432,13 +445,12 @@ class Page {
       tile('Update / weights', 'update_ratio'),
       tile('Products per probe', 'num_matvecs'),
       tile('Time spent on probes', 'overhead', null, formatShare),
-      seconds ? tileOf('A probe takes', 'seconds', formatSeconds(median(seconds))) : null,
-      seconds ? tileOf('The first, with compilation', 'first_seconds',
-        formatSeconds(first_seconds)) : null,
+      seconds ? ['A probe takes', 'seconds', formatSeconds(median(seconds))] : null,
+      seconds ? ['The first, with compilation', 'first_seconds',
+        formatSeconds(first_seconds)] : null,
     ];
-    const focused = document.activeElement?.closest?.('.tile')?.dataset.figure;
-    this.tiles.replaceChildren(...tiles.filter(Boolean));
-    if (focused) this.tiles.querySelector(`[data-figure=${focused}] .help`)?.focus();
+    const texts = tiles.filter(Boolean);
+    this.renew(this.tiles, texts, () => texts.map((one) => tileOf(...one)));
     const runs = new Set([this.focus, ...this.compared]);
     this.csv.setAttribute('href', csvAddress([...runs].sort()));
     this.csv.title =

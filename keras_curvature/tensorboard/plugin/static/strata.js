@@ -67,7 +67,7 @@ export class Strata {
       }
     });
     const ticks = this.signedLog
-      ? linearTicks(low, high, 8).filter(Number.isInteger) : linearTicks(low, high, 6);
+      ? linearTicks(low, high, 12).filter(Number.isInteger) : linearTicks(low, high, 6);
     for (const tick of ticks) {
       const label = formatNumber(this.signedLog ? round(fromAxis(tick)) : tick);
       picture.append(svg('text', {
