@@ -83,7 +83,11 @@ def tensorboard_server(log_dir, load_fast):
         yield Server(address[1], process.pid)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def start_browser(profile, size="1500,1300"):
