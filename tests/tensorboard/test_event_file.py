@@ -342,7 +342,7 @@ def test_a_run_whose_directory_was_deleted_goes_on(tmp_path):
     writer.write(synthetic_record(2))
     writer.close()
     found = read(tmp_path / "run")
-    assert {"custom_scalars__config__", "curvature_layers"} < set(found)
+    assert {"custom_scalars__config__", "curvature_layer_table"} < set(found)
     assert list(found["hessian/trace"]) == [2]
 
 
@@ -399,7 +399,7 @@ def test_a_long_file_in_a_store_is_followed_by_another(store, tmp_path, monkeypa
     assert 2 <= len(paths) <= 6
     assert list(values(*paths)["hessian/trace"]) == list(range(12))
     for path in paths:
-        assert "curvature_layers" in values(path)
+        assert "curvature_layer_table" in values(path)
 
 
 def test_a_store_that_fails_loses_the_record_and_no_more(store, tmp_path):

@@ -568,6 +568,9 @@ def test_many_layers_fold_and_many_runs_have_short_names(browser, serve, tmp_pat
         scroll = page.one("#heat-map .scroll").rect
         steps = page.one("#heat-map .steps").rect
         assert steps["y"] >= scroll["y"] + scroll["height"] - 1
+        # Before its server goes, which the next test's page is not to be blamed for.
+        browser.switch_to.default_content()
+        browser.get("about:blank")
 
 
 def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
