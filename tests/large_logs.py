@@ -31,7 +31,7 @@ def records(probes, layers):
     """Records with all figures, drawn at once."""
     rng = np.random.default_rng(0)
     names = [
-        f"model/stage{i // 50 + 1}/block{i // 4 % 12 + 1}/conv_{i}"
+        f"model/stage{i // 50 + 1}/block{i % 50 // 4 + 1}/conv_{i}"
         for i in range(layers)
     ]
     scale = 10 ** np.linspace(-4, 0, layers)[:, None]

@@ -81,5 +81,5 @@ def test_csv_is_complete(server, large_logs):
     assert next(rows) == ["run", "step", "layer", "figure", "value"]
     trace = [int(row[1]) for row in rows if row[2] == "" and row[3] == "hessian_trace"]
     assert trace == list(range(0, 10 * PROBES, 10))
-    last = "model/stage4/block2/conv_199"
+    last = "model/stage4/block13/conv_199"
     assert text.count(f",{last},block_share,") == PROBES
