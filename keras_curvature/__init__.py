@@ -1,4 +1,14 @@
-"""See the curvature of a Keras model's loss while `fit` runs, and step with it."""
+"""See the curvature of a Keras model's loss while `fit` runs, and step with it.
+
+The names below are imported when they are first asked for. For TensorBoard's server
+loads the page "Curvature" through this package, needs none of them, and may run where
+there is no Keras.
+"""
+
+import contextlib
+import importlib
+import sys
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -20,7 +30,7 @@ __all__ = [
     "register_layer_rule",
 ]
 
-try:
+if TYPE_CHECKING:
     from keras_curvature.analysis import (
         hessian_diagonal,
         hessian_frobenius_norm,
@@ -35,12 +45,43 @@ try:
     from keras_curvature.optimizers import DiagonalNewton
     from keras_curvature.report import curvature_summary
     from keras_curvature.spectrum import hessian_eigenvalues, hessian_spectral_density
-except (ImportError, ValueError) as _error:
-    # Keras runs on another backend, or not at all. TensorBoard loads our page through
-    # this package all the same; whoever asks for one of the names is told why.
-    _reason = _error
 
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            raise ImportError(f"keras_curvature.{name}: {_reason}") from _reason
+#: The room of each name.
+_ROOMS = {
+    "CurvatureFeed": "callbacks",
+    "CurvatureMonitor": "callbacks",
+    "DiagonalNewton": "optimizers",
+    "Estimate": "estimators",
+    "HessianOperator": "operators",
+    "LayerRule": "layerwise.rules",
+    "curvature_summary": "report",
+    "hessian_diagonal": "analysis",
+    "hessian_eigenvalues": "spectrum",
+    "hessian_frobenius_norm": "analysis",
+    "hessian_matrix": "analysis",
+    "hessian_spectral_density": "spectrum",
+    "hessian_trace": "analysis",
+    "register_layer_rule": "layerwise.rules",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
+    except (ImportError, ValueError) as error:
+        # Keras runs on a backend that is not ours, or not at all.
+        raise ImportError(f"{__name__}.{name}: {error}") from error
+    globals()[name] = getattr(room, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# A saved model is loaded without asking for a name: Keras has to know the optimizer.
+if "keras" in sys.modules or "tensorboard.default" not in sys.modules:
+    with contextlib.suppress(ImportError, ValueError):
+        importlib.import_module(f"{__name__}.optimizers")

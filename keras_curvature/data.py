@@ -7,6 +7,7 @@ batch is then compared with what it was the first time.
 """
 
 import copy
+import itertools
 import math
 import operator
 import warnings
@@ -265,6 +266,42 @@ class ProbeData:
     def first(self) -> Batch:
         """The first batch, `(x, y, sample_weight)`."""
         return next(iter(self))[0]
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples in one pass; `None` for data too large to keep."""
+        if not isinstance(self._source, list):
+            return None
+        return sum(size for _, size in self._source)
+
+    def in_equal_parts(self, wanted: int) -> Self | None:
+        """The same samples in more batches, each of them a part of one of these.
+
+        Args:
+            wanted: how many batches there should be, where that is possible. Each
+                batch is split in two at least, and in eight at most.
+
+        Returns:
+            A `ProbeData`; `None` where no such number divides all batches into equal
+            parts, for data too large to keep, and over several processes.
+        """
+        if not isinstance(self._source, list) or self._process is not None:
+            return None
+        common = math.gcd(*(size for _, size in self._source))
+        counts = [count for count in range(2, 9) if common % count == 0]
+        if not counts:
+            return None
+        enough = [c for c in counts if c * len(self._source) >= wanted]
+        count = min(enough, default=counts[-1])
+        parts = []
+        with backend.on(self.place):
+            for batch, size in self._source:
+                ends = range(0, size + 1, size // count)
+                parts += [
+                    self._placed(batch, start, end)
+                    for start, end in itertools.pairwise(ends)
+                ]
+        return self._of(parts, self.place)
 
     def in_pairs(self, start: int) -> Iterator[tuple[Batch, int]]:
         """The same samples in other batches: two neighbouring parts in each.

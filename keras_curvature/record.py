@@ -102,6 +102,53 @@ def variable_figures(operator, diagonal=None, subspace=None, edges=None):
     return records
 
 
+def add_gradient(variables, operator, look, edges=None):
+    """Adds what the gradient tells to the figures of the variables.
+
+    Args:
+        variables: list from `variable_figures`, which is changed.
+        operator: the `HessianOperator` that was looked at.
+        look: a `GradientLook`.
+        edges: increasing edges of a histogram of the gradient.
+
+    Returns:
+        The figures of all variables together, a dictionary.
+    """
+    for i, record in enumerate(variables):
+        record["gradient_norm"] = float(look.squared_norms[i]) ** 0.5
+        record["weight_norm"] = float(look.squared_weights[i]) ** 0.5
+        update = look.squared_updates
+        record["update_norm"] = None if update is None else float(update[i]) ** 0.5
+        record["update_ratio"] = _ratio(record)
+    if edges is not None:
+        edges = _as_list(tuple(edges))
+        count = _summarize(tuple(operator.sizes), tuple(edges[1:-1]))
+        counts = ops.convert_to_numpy(count(look.gradient)[1])
+        for record, own in zip(variables, counts, strict=True):
+            record["gradient_histogram"] = {"edges": edges, "counts": own.tolist()}
+    whole = _together(variables)
+    return {
+        "gradient_norm": whole["gradient_norm"],
+        "gradient_noise_scale": look.noise_scale,
+        "update_ratio": whole["update_ratio"],
+    }
+
+
+def _together(records):
+    """Norms of several variables as of one vector."""
+    norms = {}
+    for key in ("gradient_norm", "weight_norm", "update_norm"):
+        values = [record[key] for record in records]
+        norms[key] = None if None in values else math.hypot(*values)
+    return norms | {"update_ratio": _ratio(norms)}
+
+
+def _ratio(norms):
+    """How far weights move in a step, as a share of them; biases begin at zero."""
+    update, weights = norms["update_norm"], norms["weight_norm"]
+    return None if update is None or not weights else update / weights
+
+
 def _add_blocks(records, pairs, scale):
     """Shares of the squared norm in diagonal blocks, the variables' and the layers'."""
     layers = np.array([r["layer"] for r in records])
@@ -161,12 +208,15 @@ def _one_layer(name, records):
     if "diagonal_mean_standard_error" in records[0]:
         error = layer["trace_standard_error"]
         layer["diagonal_mean_standard_error"] = None if error is None else error / size
-    if records[0].get("histogram") is not None:
-        counts = [r["histogram"]["counts"] for r in records]
-        layer["histogram"] = {
-            "edges": records[0]["histogram"]["edges"],
-            "counts": [sum(column) for column in zip(*counts, strict=True)],
-        }
+    if "gradient_norm" in records[0]:
+        layer.update(_together(records))
+    for key in ("histogram", "gradient_histogram"):
+        if records[0].get(key) is not None:
+            counts = [r[key]["counts"] for r in records]
+            layer[key] = {
+                "edges": records[0][key]["edges"],
+                "counts": [sum(column) for column in zip(*counts, strict=True)],
+            }
     return layer
 
 

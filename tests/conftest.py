@@ -22,6 +22,7 @@ if keras.backend.backend() != "tensorflow":
         "test_api_reference.py",
         "test_architecture.py",
         "test_examples.py",
+        "test_package.py",
         "test_plots.py",
         "test_progress.py",
         "test_record.py",

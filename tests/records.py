@@ -36,6 +36,8 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
     total = sum(part["trace"] ** 2 for part in parts)
     for part in parts + variables:
         part["frobenius_share"] = part["trace"] ** 2 / total
+        part["block_share"] = 0.7 * part["frobenius_share"]
+        part["block_share_standard_error"] = 0.01
     trace = sum(part["trace"] for part in parts)
     sharpness = limit * (0.15 + 0.9 * progress) * stiffness
     return {
@@ -54,6 +56,10 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
         "hessian_preconditioned_max_eigenvalue": 30 * sharpness,
         "hessian_preconditioned_max_eigenvalue_error": sharpness,
         "stability_threshold": 38 / learning_rate,
+        "stability_ratio": 30 * sharpness * learning_rate / 38,
+        "gradient_norm": 0.4 * math.exp(-step / 800),
+        "gradient_noise_scale": 40 * math.exp(step / 700),
+        "update_ratio": 2e-3 * math.exp(-step / 900) if step else None,
         "seconds": 0.4,
         "overhead": 0.04,
         "num_matvecs": 32,
@@ -76,5 +82,11 @@ def _figures(diagonal, i):
         "negative_share": float((diagonal < 0).mean()),
         "trace": float(diagonal.sum()),
         "trace_standard_error": abs(float(diagonal.sum())) * (0.05 + 0.03 * i),
+        "gradient_norm": 0.02 * (i + 1),
+        "update_ratio": 1e-3 * (i + 1),
         "histogram": {"edges": signed_log.bin_edges().tolist(), "counts": counts},
+        "gradient_histogram": {
+            "edges": signed_log.bin_edges().tolist(),
+            "counts": counts[::-1],
+        },
     }

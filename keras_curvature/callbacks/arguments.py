@@ -28,6 +28,8 @@ def check_arguments(
     diagonal_samples,
     spectral_density,
     sharpness,
+    top_layers,
+    also_log,
     max_overhead,
     on_error,
     verbose,
@@ -67,6 +69,16 @@ def check_arguments(
         sharpness in (None, "critical"),
         'must be "critical" or None',
         sharpness=sharpness,
+    )
+    check(
+        top_layers is None or is_count(top_layers, 0),
+        "must be a number of layers, or None for all",
+        top_layers=top_layers,
+    )
+    check(
+        not isinstance(also_log, str) and all(isinstance(k, str) for k in also_log),
+        "must be a sequence of keys of the record",
+        also_log=also_log,
     )
     check(
         num_matvecs or diagonal is not None or spectral_density or sharpness,

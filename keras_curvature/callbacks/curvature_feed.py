@@ -47,7 +47,12 @@ class CurvatureFeed(CurvatureMonitor):
         **arguments,
     ):
         arrays = isinstance(train_data, (tuple, list))
-        settings = {"num_matvecs": 0, "preconditioned": False, "histograms": False}
+        settings = {
+            "num_matvecs": 0,
+            "preconditioned": False,
+            "gradients": False,
+            "histograms": False,
+        }
         super().__init__(
             train_data,
             update_freq,

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import keras
 
@@ -28,7 +29,10 @@ from keras_curvature.callbacks.hand_over import (
 )
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
-from keras_curvature.callbacks.sharpness import limit_of_gradient_descent
+from keras_curvature.callbacks.sharpness import (
+    limit_of_gradient_descent,
+    stability_ratio,
+)
 from keras_curvature.callbacks.training_loss import RecentLosses
 from keras_curvature.operators import HessianOperator
 from keras_curvature.tensorboard.writer import CurvatureWriter
@@ -78,9 +82,13 @@ class CurvatureMonitor(keras.callbacks.Callback):
     | `hessian_preconditioned_max_eigenvalue` | largest eigenvalue that the optimizer sees; `None` until its bound, `…_error`, is below it |
     | `critical_sharpness` | if asked for: the sharpness that a step of the optimizer meets, see `critical_sharpness`; `…_error` is its bound, `…_direction` says along what |
     | `stability_threshold` | the curvature above which the optimizer is unstable; missing, with a warning, where the probe's loss is far from that of training |
+    | `stability_ratio` | the largest eigenvalue that the optimizer sees over its threshold; missing until the eigenvalue has converged |
+    | `gradient_norm` | norm of the gradient on the probe data |
+    | `gradient_noise_scale` | trace of the gradients' covariance over the squared mean gradient, in samples, from the gradients of parts of the probe data (McCandlish et al. 2018, arXiv 1812.06162); `None` where the probe's size has no divisor up to 8, the loss is no mean over samples (BatchNormalization), or the gradient drowns in noise |
+    | `update_ratio` | norm of the weights' net change since the last probe, divided by the steps in between and by the weights' norm |
     | `seconds`, `num_matvecs` | what the probe cost |
     | `overhead` | share of the time that probes have taken so far, compilation apart |
-    | `variables`, `layers` | lists of dictionaries: statistics of the diagonal, traces and shares of the squared norm |
+    | `variables`, `layers` | lists of dictionaries: statistics of the diagonal, traces, shares of the squared norm, gradient, weights and their change |
     | `optimizer` | what the optimizer tells about its steps |
     | `spectral_density` | if asked for: lists `grid`, `density`, `standard_error`; `sigma`, `size` |
 
@@ -119,8 +127,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
             Takes a gradient and five or six values of the loss, and no second
             derivative: with `num_matvecs=0, diagonal=None` for models where those are
             out of reach. Defaults to `None`.
+        gradients: whether gradient, noise scale and change of the weights are looked
+            at, which takes two gradients and the memory of two parameter vectors.
         spectral_density: whether the density of all eigenvalues is estimated at every
-            probe, or at every n-th for a number n; TensorBoard shows it as an image.
+            probe, or at every n-th for a number n; the page in TensorBoard shows it.
             Takes 64 products (32 Lanczos steps from each of 2 random vectors) and
             the memory of 64 times the parameters. Defaults to `False`.
         max_overhead: share of the wall-clock time that probes may take, such as
@@ -132,6 +142,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
             of all of it; the data set may be endless. Defaults to `False`.
         histograms: whether histograms of the diagonal are written.
         per_variable: whether event files hold figures by variable besides layers.
+        top_layers: how many layers get charts of their own in TensorBoard's own tabs:
+            those with most of the squared norm at the first probe. `None` for all. The
+            page "Curvature" has all of them.
+        also_log: further keys of the record that are added to the logs of each epoch,
+            as in `("gradient_norm", "stability_ratio")`.
         on_error: `"warn"` to go on after a failed probe, or `"raise"`.
         verbose: `1` prints a line per probe, `0` nothing. Defaults to `"auto"`: one
             line before the first probe, which takes long to compile, unless `fit`
@@ -156,11 +171,14 @@ class CurvatureMonitor(keras.callbacks.Callback):
         diagonal_samples: int = 4,
         preconditioned: bool = True,
         sharpness: str | None = None,
+        gradients: bool = True,
         spectral_density: bool | int = False,
         max_overhead: float | None = None,
         fresh_batches: bool = False,
         histograms: bool = True,
         per_variable: bool = False,
+        top_layers: int | None = 8,
+        also_log: Sequence[str] = (),
         on_error: str = "warn",
         verbose: bool | str = "auto",
         **options,
@@ -175,6 +193,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
             diagonal_samples=diagonal_samples,
             spectral_density=spectral_density,
             sharpness=sharpness,
+            top_layers=top_layers,
+            also_log=also_log,
             max_overhead=max_overhead,
             on_error=on_error,
             verbose=verbose,
@@ -194,6 +214,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             diagonal,
             diagonal_samples,
             preconditioned,
+            gradients,
             spectral_density,
             histograms,
             per_variable,
@@ -214,7 +235,10 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._failures = Failures(on_error)
         self._recent = RecentLosses()
         self._options = options
-        self._writer = CurvatureWriter(log_dir, per_variable) if log_dir else None
+        self._also_log = tuple(also_log)
+        self._writer = None
+        if log_dir:
+            self._writer = CurvatureWriter(log_dir, per_variable, top_layers)
         self._operator = None
         self._operator_of = None
         self._renewed = False  # The operator, since the last training began.
@@ -293,7 +317,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             if step % 100 == 0:
                 monitor.probe(step)
             ...                                # a step of training
-        monitor.on_train_end()                 # draws the last image
+        monitor.on_train_end()                 # closes the event file
         ```
 
         A step before that of the last record tells that training was taken back: the
@@ -344,6 +368,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             *(("hessian_trace",) if trace else ()),
             *(norm if self._num_matvecs else ()),
             *(("critical_sharpness",) if self._sharpness else ()),
+            *self._also_log,
         )
 
     def _start(self):
@@ -525,6 +550,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
             # What would be said about stability would be about another loss.
             record.pop("stability_threshold", None)
             self._failures.tell(apart, "another loss")
+        ratio = stability_ratio(record)
+        if ratio is not None:
+            record["stability_ratio"] = ratio
         record["optimizer"] = optimizer_figures(model)
         record["seconds"] = time.perf_counter() - start
         record["overhead"] = self._pace.overhead

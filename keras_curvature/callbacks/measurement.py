@@ -13,6 +13,7 @@ from keras_curvature.diagonal import (
     sampled_method,
 )
 from keras_curvature.estimators import DominantSubspace, spectral_density
+from keras_curvature.gradients import Gradients
 from keras_curvature.tensorboard import signed_log
 
 #: Lanczos steps and start vectors of a density, and the points it is given at.
@@ -28,6 +29,7 @@ class Measurement:
         diagonal: method for the diagonal; `None` leaves it out.
         diagonal_samples: samples of the diagonal, where it is not exact.
         preconditioned: whether to follow the eigenvalue that the optimizer sees.
+        gradients: whether the gradient and the change of the weights are looked at.
         density_freq: every how many probes the spectral density is taken; 0 never.
         histograms: whether entries of the diagonal are counted.
         per_variable: whether they are counted by variable, besides layers.
@@ -41,6 +43,7 @@ class Measurement:
         diagonal,
         diagonal_samples,
         preconditioned,
+        gradients,
         density_freq,
         histograms,
         per_variable,
@@ -56,6 +59,8 @@ class Measurement:
         self._subspace = DominantSubspace()
         self._sharpness = Sharpness(seed) if preconditioned and num_matvecs else None
         self._critical = CriticalSearch() if critical else None
+        self._looks_at_gradients = gradients
+        self._gradients = None
         self._probes = 0
 
     @property
@@ -64,8 +69,9 @@ class Measurement:
         return self._diagonal is not None
 
     def renew(self):
-        """Forgets what was learnt about the cost of the diagonal: another operator."""
+        """Forgets what was learnt of the operator: there is another one."""
         self._method = self._diagonal
+        self._gradients = None
 
     def take(self, model, operator, num_matvecs, step):
         """The figures for a record; the optimizer is handed the diagonal.
@@ -99,11 +105,17 @@ class Measurement:
             figures["spectral_density"] = _plain(density)
             spent += density.num_matvecs
         variables = records.variable_figures(operator, diagonal, subspace, self._edges)
+        if self._looks_at_gradients:
+            if self._gradients is None:
+                self._gradients = Gradients(operator)
+            look = self._gradients.look(step)
+            figures.update(records.add_gradient(variables, operator, look, self._edges))
         figures["variables"] = variables
         figures["layers"] = records.layer_figures(variables)
         if not self._per_variable:
             for variable in variables:
                 variable.pop("histogram", None)
+                variable.pop("gradient_histogram", None)
         figures["num_matvecs"] = spent
         self._probes += 1
         return figures

@@ -20,6 +20,9 @@ from keras_curvature.preconditioning import preconditioner, single, steps_as
 #: a probe, at most: one is enough unless the optimizer's diagonal has changed much.
 MATVECS, LOOKS = 4, 3
 
+#: An eigenvalue has converged when its bound is no more than this share of it.
+CONVERGED = 0.25
+
 
 class Sharpness:
     """Follows the largest eigenvalue of the Hessian that an optimizer sees.
@@ -120,6 +123,27 @@ def stability_threshold(optimizer: Any) -> float | None:
         beta = optimizer.beta_1
         return (2 + 2 * beta) / ((1 - beta) * rate)
     return None
+
+
+def stability_ratio(record: dict[str, Any]) -> float | None:
+    """How near an optimizer is to where it turns unstable, from a record.
+
+    Args:
+        record: one with the figures of this module, and of the Hessian itself.
+
+    Returns:
+        The largest eigenvalue that the optimizer sees over its threshold. `None` where
+        one of them is not known, or the eigenvalue's bound is not yet below a quarter
+        of it.
+    """
+    threshold = record.get("stability_threshold")
+    seen = "hessian_preconditioned_max_eigenvalue"
+    if f"{seen}_error" not in record:
+        seen = "hessian_max_eigenvalue"
+    value, bound = record.get(seen), record.get(f"{seen}_error")
+    if threshold is None or value is None or bound is None:
+        return None
+    return value / threshold if bound <= CONVERGED * value else None
 
 
 def limit_of_gradient_descent(optimizer: Any) -> float | None:

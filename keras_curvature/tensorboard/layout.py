@@ -17,10 +17,14 @@ _LAYER_TITLES = {
     "diagonal_max": "Largest diagonal entry, by layer",
     "negative_share": "Share of negative diagonal entries, by layer",
 }
+_GRADIENT_TITLES = {
+    "gradient_norm": "Norm of the gradient, by layer",
+    "update_ratio": "Change of the weights in a step over their norm, by layer",
+}
 
 
 def layout() -> layout_pb2.Layout:
-    """Global figures with their error bands, stability, and the layers' shares."""
+    """Global figures with error bands, stability, the top layers, the gradient."""
     # With a preconditioner, as Adam has one, the second chart is the one that tells.
     stability = [
         _lines(title, *(re.escape(tag) + "$" for tag in pair))
@@ -37,7 +41,13 @@ def layout() -> layout_pb2.Layout:
             ),
         )
     ]
-    by_key = {figure.key: figure for figure in tags.LAYER_FIGURES}
+    stability.insert(
+        0,
+        _lines(
+            "Curvature that the optimizer sees over its stability threshold",
+            re.escape(tags.STABILITY_RATIO.tag) + "$",
+        ),
+    )
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(
@@ -47,14 +57,19 @@ def layout() -> layout_pb2.Layout:
             ),
             layout_pb2.Category(title="Edge of stability", chart=stability),
             layout_pb2.Category(
-                title="Curvature by layer",
-                chart=[
-                    _lines(title, re.escape(by_key[key].tag) + "/.*")
-                    for key, title in _LAYER_TITLES.items()
-                ],
+                title="Curvature by layer", chart=_by_layer(_LAYER_TITLES)
             ),
+            layout_pb2.Category(title="Gradient", chart=_by_layer(_GRADIENT_TITLES)),
         ]
     )
+
+
+def _by_layer(titles: dict[str, str]) -> list[layout_pb2.Chart]:
+    by_key = {figure.key: figure for figure in tags.LAYER_FIGURES}
+    return [
+        _lines(title, re.escape(by_key[key].tag) + "/.*")
+        for key, title in titles.items()
+    ]
 
 
 def _margin(band: tags.Band) -> layout_pb2.Chart:

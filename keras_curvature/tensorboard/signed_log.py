@@ -26,7 +26,7 @@ DECADES = 16
 NUM_BINS = 2 * BINS_PER_DECADE * DECADES + 1
 
 DESCRIPTION = (
-    "Entries of the Hessian's diagonal on a signed logarithmic axis: "
+    "on a signed logarithmic axis, not on a linear one: "
     "`u = sign(h) log10(1 + |h| / 1e-8)`. Read 8 as a curvature of 1, 6 as 0.01, 10 as "
     "100, -8 as -1; around 0 lies what is smaller than 1e-8 in size."
 )

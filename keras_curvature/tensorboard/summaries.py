@@ -4,12 +4,11 @@ All values of a step go into one `Summary` message, so that a probe costs one wr
 however many layers there are.
 """
 
-import io
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 from tensorboard.compat.proto import types_pb2
 from tensorboard.compat.proto.summary_pb2 import (
     DATA_CLASS_TENSOR,
@@ -20,7 +19,6 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.histogram import metadata as histogram_metadata
-from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.util import tensor_util
@@ -80,25 +78,6 @@ def histogram(
     )
 
 
-def image(tag: str, pixels: np.ndarray, description: str | None = None) -> Value:
-    """One image.
-
-    Args:
-        tag: The tag.
-        pixels: Red, green and blue, uint8 of shape `(height, width, 3)`.
-        description: What the image's information mark shows.
-    """
-    height, width, _ = pixels.shape
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG")
-    parts = [str(width).encode(), str(height).encode(), png.getvalue()]
-    return _value(
-        tag,
-        np.array(parts, dtype=object),
-        image_metadata.create_summary_metadata(None, description),
-    )
-
-
 def text(tag: str, markdown: str, description: str | None = None) -> Value:
     """A text, which TensorBoard shows in its Text tab."""
     return _value(
@@ -109,21 +88,53 @@ def text(tag: str, markdown: str, description: str | None = None) -> Value:
 
 
 def layer_table(layers: tuple[tuple[str, int], ...]) -> Value:
-    """Names and sizes of the layers, for TensorBoard forgets the order of the tags.
-
-    The value belongs to our own page, which finds its runs by it.
-    """
+    """Names and sizes of the layers, for TensorBoard forgets the order of the tags."""
     table = np.empty((len(layers), 2), dtype=object)
     for i, (name, size) in enumerate(layers):
         table[i] = name.encode(), str(size).encode()
-    return _value(
-        tags.LAYER_TABLE,
-        table,
-        SummaryMetadata(
-            plugin_data=SummaryMetadata.PluginData(plugin_name=tags.PLUGIN_NAME),
-            data_class=DATA_CLASS_TENSOR,
-        ),
+    return _of_the_page(tags.LAYER_TABLE, table)
+
+
+def page_values(record: Mapping[str, Any], step: int) -> Iterator[Value]:
+    """A record as the page reads it: a few tensors, whose parts are never apart.
+
+    Args:
+        record: One probe of the monitor.
+        step: The first step of those that share the tags.
+    """
+    figures = {key: record.get(key) for key in _PAGE_KEYS}
+    for key, value in (record.get("optimizer") or {}).items():
+        figures[f"{tags.OPTIMIZER}/{key}"] = value
+    yield _of_the_page(
+        f"{tags.PAGE_FIGURES}/{step}", _row(figures, list(figures)), list(figures)
     )
+    layers = record.get("layers")
+    if layers:
+        rows = np.stack([_row(layer, tags.LAYER_KEYS) for layer in layers])
+        yield _of_the_page(f"{tags.PAGE_LAYERS}/{step}", rows, tags.LAYER_KEYS)
+    density = record.get("spectral_density")
+    if density is not None:
+        grid, value = density["grid"], density["density"]
+        error = density.get("standard_error") or [0.0] * len(grid)
+        table = np.array([grid, value, error], "float32")
+        yield _of_the_page(f"{tags.PAGE_DENSITY}/{step}", table)
+
+
+_PAGE_KEYS = (*(f.key for f in tags.GLOBAL_FIGURES), *tags.ERROR_KEYS)
+
+
+def _row(figures: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray:
+    values = [figures.get(key) for key in keys]
+    return np.array([np.nan if v is None else v for v in values], "float32")
+
+
+def _of_the_page(tag: str, tensor: np.ndarray, keys: Sequence[str] = ()) -> Value:
+    """A value that belongs to our own page, which finds its runs by such values."""
+    plugin = SummaryMetadata.PluginData(
+        plugin_name=tags.PLUGIN_NAME, content=json.dumps(keys).encode()
+    )
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+    return _value(tag, tensor, metadata)
 
 
 def layout_values() -> Iterator[Value]:
@@ -136,13 +147,14 @@ def layout_values() -> Iterator[Value]:
 
 
 def record_values(
-    record: Mapping[str, Any], per_variable: bool = False
+    record: Mapping[str, Any], layers: Collection[str], per_variable: bool = False
 ) -> Iterator[Value]:
-    """Everything one record says, except for the heat map, which needs all of them.
+    """What TensorBoard's own tabs show of a record.
 
     Args:
         record: One probe of the monitor. Figures that are missing or None are left out.
-        per_variable: Whether each variable gets its tags too, besides its layer.
+        layers: Names of the layers that have tags of their own.
+        per_variable: Whether each of their variables has its tags too.
     """
     yield from _scalars(record, tags.GLOBAL_FIGURES)
     for band in tags.BANDS:
@@ -150,17 +162,49 @@ def record_values(
         if value is not None:
             # A margin chart shows no curve without a margin: one of no width, then.
             margin = band.factor * float(record.get(band.error_key) or 0.0)
-            yield scalar(band.lower, float(value) - margin)
-            yield scalar(band.upper, float(value) + margin)
+            yield scalar(band.lower, float(value) - margin, _LOWER)
+            yield scalar(band.upper, float(value) + margin, _UPPER)
     for key, figure in (record.get("optimizer") or {}).items():
         if figure is not None:
-            yield scalar(f"{tags.OPTIMIZER}/{key}", figure)
+            tag = f"{tags.OPTIMIZER}/{key}"
+            yield scalar(tag, figure, tags.optimizer_description(key))
 
-    yield from _parts(record, "layers", "name", tags.LAYER_FIGURES)
-    yield from _histograms(record, "layers", "name", tags.LAYER_HISTOGRAM)
+    every = record.get("layers") or ()
+    shown = [part for part in every if part["name"] in layers]
+    for part in shown:
+        yield from _scalars(part, tags.LAYER_FIGURES, part["name"])
+    for key, group, of in _HISTOGRAMS:
+        yield from _histograms(shown, "name", key, group, of)
+        yield from _histograms([_whole(every, key)], "name", key, group, of)
     if per_variable:
-        yield from _parts(record, "variables", "path", tags.VARIABLE_FIGURES)
-        yield from _histograms(record, "variables", "path", tags.VARIABLE_HISTOGRAM)
+        variables = record.get("variables") or ()
+        shown = [part for part in variables if part["layer"] in layers]
+        for part in shown:
+            yield from _scalars(part, tags.VARIABLE_FIGURES, part["path"])
+        (key, _, of), group = _HISTOGRAMS[0], tags.VARIABLE_HISTOGRAM
+        yield from _histograms(shown, "path", key, group, of)
+
+
+_LOWER = (
+    "Lower end of the margin around the figure, for Custom Scalars: 2 standard errors "
+    "below it, or an eigenvalue's bound. The figure itself where no error is known."
+)
+_UPPER = _LOWER.replace("Lower", "Upper").replace("below", "above")
+# The key of a part's counts, the group of tags, and what was counted.
+_HISTOGRAMS = (
+    ("histogram", tags.LAYER_HISTOGRAM, "Entries of the Hessian's diagonal"),
+    ("gradient_histogram", tags.GRADIENT_HISTOGRAM, "Entries of the gradient"),
+)
+
+
+def _whole(parts: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """One part in place of all, with the counts of all of them."""
+    counted = [part[key] for part in parts if part.get(key) is not None]
+    if not counted:
+        return {}
+    counts = np.sum([one["counts"] for one in counted], axis=0)
+    whole = {"edges": counted[0]["edges"], "counts": counts}
+    return {"name": tags.WHOLE_MODEL, key: whole}
 
 
 def _value(tag: str, tensor: np.ndarray, metadata: SummaryMetadata) -> Value:
@@ -179,25 +223,15 @@ def _scalars(
             yield scalar(tag, value, figure.description)
 
 
-def _parts(
-    record: Mapping[str, Any],
-    parts: str,
-    name: str,
-    wanted: tuple[tags.Figure, ...],
-) -> Iterator[Value]:
-    for part in record.get(parts) or ():
-        yield from _scalars(part, wanted, part[name])
-
-
 def _histograms(
-    record: Mapping[str, Any], parts: str, name: str, group: str
+    parts: Sequence[Mapping[str, Any]], name: str, key: str, group: str, of: str
 ) -> Iterator[Value]:
-    for part in record.get(parts) or ():
-        counted = part.get("histogram")
+    for part in parts:
+        counted = part.get(key)
         if counted is not None:
             yield histogram(
                 f"{group}/{part[name]}",
                 counted["edges"],
                 counted["counts"],
-                signed_log.DESCRIPTION,
+                f"{of} {signed_log.DESCRIPTION}",
             )

@@ -1,44 +1,60 @@
 """Every tag in the event files, named once.
 
-TensorBoard groups charts by the part of a tag before the first slash, so a group is one
-figure for all layers: the layers of a figure are compared on one page, and a deep model
-has no more groups than a small one. Groups are sorted by name, which is why those that
-say how certain the others are begin with a late letter.
+TensorBoard groups charts by the part of a tag before the first slash and sorts the
+groups by name. So `hessian/` comes first and is read alone; a group is one figure for
+all layers, and a deep model has no more groups than a small one; what only margin charts
+need comes last, but for variables, which are there on request.
 
 | tag | key of the record | what it is |
 |---|---|---|
 | `hessian/trace` | `hessian_trace` | sum of the eigenvalues |
 | `hessian/frobenius_norm` | `hessian_frobenius_norm` | root of the sum of squares |
 | `hessian/max_eigenvalue` | `hessian_max_eigenvalue` | curvature of the stiffest direction |
-| `hessian/two_over_learning_rate` | `two_over_learning_rate` | where gradient descent turns unstable; only for plain gradient descent |
-| `hessian/preconditioned_max_eigenvalue` | `hessian_preconditioned_max_eigenvalue` | the same as the optimizer sees it |
+| `hessian/stability_ratio` | `stability_ratio` | largest curvature that the optimizer sees over its stability threshold; unstable above 1 |
 | `hessian/critical_sharpness` | `critical_sharpness` | sharpness that a step of the optimizer meets, on request |
-| `hessian/stability_threshold` | `stability_threshold` | curvature above which the optimizer is unstable |
-| `uncertainty/<figure>` | `hessian_trace_standard_error`, `hessian_frobenius_norm_standard_error`, `hessian_max_eigenvalue_error`, `hessian_preconditioned_max_eigenvalue_error`, `critical_sharpness_error` | standard error; for eigenvalues the bound that the residual gives, for the critical sharpness half the interval |
-| `uncertainty_band/<figure>_lower`, `_upper` | the first three | value ∓ 2 standard errors; value ∓ bound for the eigenvalue; the value itself where no error is known |
-| `probe/loss`, `probe/learning_rate`, `probe/seconds`, `probe/num_matvecs`, `probe/overhead` | `loss`, `learning_rate`, `seconds`, `num_matvecs`, `overhead` | loss on the probe batch; what the probe cost |
+| `stability/preconditioned_max_eigenvalue` | `hessian_preconditioned_max_eigenvalue` | the largest eigenvalue as the optimizer sees it |
+| `stability/threshold` | `stability_threshold` | curvature above which the optimizer is unstable |
+| `stability/two_over_learning_rate` | `two_over_learning_rate` | the same for plain gradient descent, and only there |
+| `probe/loss`, `probe/learning_rate` | `loss`, `learning_rate` | loss on the probe data; learning rate |
+| `probe/gradient_norm`, `probe/gradient_noise_scale`, `probe/update_ratio` | `gradient_norm`, `gradient_noise_scale`, `update_ratio` | the gradient on the probe data, and how far the weights move |
+| `probe/seconds`, `probe/num_matvecs`, `probe/overhead` | `seconds`, `num_matvecs`, `overhead` | what the probe cost |
+| `uncertainty/<figure>_lower`, `_upper` | the first three | value ∓ 2 standard errors; value ∓ bound for the eigenvalue; the value itself where no error is known |
 | `layer_diagonal_mean/<layer>` | `diagonal_mean` | mean of the diagonal |
 | `layer_diagonal_mean_abs/<layer>` | `diagonal_mean_abs` | mean of its absolute values |
-| `layer_diagonal_max/<layer>`, `layer_diagonal_min/<layer>` | `diagonal_max`, `diagonal_min` | its extremes |
+| `layer_diagonal_max/<layer>` | `diagonal_max` | its maximum |
 | `layer_negative_share/<layer>` | `negative_share` | share of negative entries, 0 to 1 |
 | `layer_trace/<layer>` | `trace` | sum of the diagonal |
 | `layer_frobenius_share/<layer>` | `frobenius_share` | share of the squared Frobenius norm in the layer's rows, 0 to 1 |
-| `uncertainty_of_layer/diagonal_mean/<layer>`, `uncertainty_of_layer/trace/<layer>` | `diagonal_mean_standard_error`, `trace_standard_error` | standard errors |
-| `variable_<as above>/<path>`, `uncertainty_of_variable/<as above>/<path>` | the same, per variable | on request |
-| `diagonal/<layer>`, `diagonal_of_variable/<path>` | `histogram` | histogram of the diagonal, on a signed logarithmic axis |
-| `diagonal_heat_map` | `diagonal_mean_abs` | image, layers over steps |
-| `spectral_density` | `spectral_density` | image of the density of all eigenvalues, on request |
+| `layer_gradient_norm/<layer>` | `gradient_norm` | norm of the layer's part of the gradient |
+| `layer_update_ratio/<layer>` | `update_ratio` | how far the layer's weights move in a step, as a share of them |
+| `variable_<as above>/<path>` | the same, per variable | on request |
+| `hessian_diagonal_signed_log10/<layer>`, `variable_diagonal_signed_log10/<path>` | `histogram` | histogram of the diagonal, on a signed logarithmic axis |
+| `loss_gradient_signed_log10/<layer>` | `gradient_histogram` | the same of the gradient |
 | `optimizer/<key>` | `optimizer` | whatever the optimizer tells about itself |
-| `curvature_layers` | `layers` | names and sizes of the layers, in their order in the model |
 | `mode` | `mode` | text: how the layers ran |
 
-A figure that is missing from the record, or None, has no tag.
+Only the layers that curve the loss most have tags of their own, and `_whole_model` has
+a histogram. The page "Curvature" has all layers: it reads tensors of its own, in which
+all figures of a probe lie together, so that no figure is sampled at other steps than
+another.
+
+| tag of the page | what it is |
+|---|---|
+| `curvature_figures/<step>` | all figures of a probe but the layers', a vector; their keys are in the tag's metadata |
+| `curvature_layers/<step>` | the layers' figures, a matrix of layers by keys |
+| `curvature_density/<step>` | `spectral_density`, three rows: eigenvalue, density, standard error |
+| `curvature_layer_table` | names and sizes of the layers, in their order in the model |
+
+TensorBoard keeps a hundred tensors of a tag, or five hundred, and drops others at random.
+So none of these tags holds more than fifty probes; the next ones go to another, named
+after its first step. A figure that is missing from the record, or None, has no tag, and is NaN in the
+page's tensors.
 """  # noqa: E501
 
 import dataclasses
 
 PLUGIN_NAME = "curvature"
-"""Our page's name to TensorBoard, and the owner of `LAYER_TABLE`."""
+"""Our page's name to TensorBoard, and the owner of its tensors."""
 
 SUBDIRECTORY = "curvature"
 """The run's directory below `log_dir`, next to Keras' `train` and `validation`."""
@@ -90,18 +106,18 @@ class Band:
     @property
     def lower(self) -> str:
         """The tag of the lower end."""
-        return f"uncertainty_band/{self._name}_lower"
+        return f"uncertainty/{self._name}_lower"
 
     @property
     def upper(self) -> str:
         """The tag of the upper end."""
-        return f"uncertainty_band/{self._name}_upper"
+        return f"uncertainty/{self._name}_upper"
 
 
 TRACE = Figure(
     "hessian_trace",
     "hessian/trace",
-    "Trace of the Hessian of the training loss on the probe batch: the sum of its "
+    "Trace of the Hessian of the training loss on the probe data: the sum of its "
     "eigenvalues.",
 )
 FROBENIUS_NORM = Figure(
@@ -112,18 +128,19 @@ FROBENIUS_NORM = Figure(
 MAX_EIGENVALUE = Figure(
     "hessian_max_eigenvalue",
     "hessian/max_eigenvalue",
-    "Largest eigenvalue of the Hessian. Gradient descent is unstable along its "
-    "eigenvector while it exceeds 2 / learning rate.",
+    "Largest eigenvalue of the Hessian: the curvature of the stiffest direction. Plain "
+    "gradient descent is unstable along it while it exceeds 2 / learning rate.",
 )
-TWO_OVER_LEARNING_RATE = Figure(
-    "two_over_learning_rate",
-    "hessian/two_over_learning_rate",
-    "2 / learning rate: gradient descent is unstable along directions whose curvature "
-    "is above this line.",
+STABILITY_RATIO = Figure(
+    "stability_ratio",
+    "hessian/stability_ratio",
+    "Largest curvature that the optimizer sees, divided by its stability threshold: "
+    "above 1 its steps overshoot along that direction. Only where both are known and "
+    "the eigenvalue has converged.",
 )
 PRECONDITIONED = Figure(
     "hessian_preconditioned_max_eigenvalue",
-    "hessian/preconditioned_max_eigenvalue",
+    "stability/preconditioned_max_eigenvalue",
     "Largest eigenvalue of the Hessian as the optimizer sees it: with its diagonal "
     "preconditioner on both sides.",
 )
@@ -135,47 +152,25 @@ CRITICAL_SHARPNESS = Figure(
 )
 STABILITY_THRESHOLD = Figure(
     "stability_threshold",
-    "hessian/stability_threshold",
+    "stability/threshold",
     "The optimizer is unstable along directions whose (preconditioned) curvature is "
     "above this; with its momentum taken into account.",
+)
+TWO_OVER_LEARNING_RATE = Figure(
+    "two_over_learning_rate",
+    "stability/two_over_learning_rate",
+    "2 / learning rate: plain gradient descent is unstable along directions whose "
+    "curvature is above this line.",
 )
 HESSIAN_FIGURES = (
     TRACE,
     FROBENIUS_NORM,
     MAX_EIGENVALUE,
-    TWO_OVER_LEARNING_RATE,
+    STABILITY_RATIO,
     PRECONDITIONED,
     CRITICAL_SHARPNESS,
     STABILITY_THRESHOLD,
-)
-HESSIAN_ERRORS = (
-    Figure(
-        "hessian_trace_standard_error",
-        "uncertainty/trace",
-        "Standard error of the trace; 0 if it is exact.",
-    ),
-    Figure(
-        "hessian_frobenius_norm_standard_error",
-        "uncertainty/frobenius_norm",
-        "Standard error of the Frobenius norm; 0 if it is exact.",
-    ),
-    Figure(
-        "hessian_max_eigenvalue_error",
-        "uncertainty/max_eigenvalue",
-        "An eigenvalue of the Hessian is no farther from the estimate than this (norm "
-        "of the residual).",
-    ),
-    Figure(
-        "hessian_preconditioned_max_eigenvalue_error",
-        "uncertainty/preconditioned_max_eigenvalue",
-        "The same for the Hessian as the optimizer sees it. Its eigenvalue is left out "
-        "while this is not below it.",
-    ),
-    Figure(
-        "critical_sharpness_error",
-        "uncertainty/critical_sharpness",
-        "Half of the interval in which the critical sharpness was found.",
-    ),
+    TWO_OVER_LEARNING_RATE,
 )
 BANDS = (
     Band("hessian_trace", "hessian_trace_standard_error", 2.0),
@@ -185,8 +180,27 @@ BANDS = (
 )
 
 PROBE_FIGURES = (
-    Figure("loss", "probe/loss", "Training loss on the probe batch."),
+    Figure("loss", "probe/loss", "Training loss on the probe data."),
     Figure("learning_rate", "probe/learning_rate", "The optimizer's learning rate."),
+    Figure(
+        "gradient_norm",
+        "probe/gradient_norm",
+        "Norm of the gradient of the training loss on the probe data.",
+    ),
+    Figure(
+        "gradient_noise_scale",
+        "probe/gradient_noise_scale",
+        "Simple noise scale, in samples: the variance of a sample's gradient over the "
+        "squared norm of the mean gradient (McCandlish et al. 2018, arXiv 1812.06162). "
+        "Batches much smaller than this are mostly noise; much larger ones gain "
+        "little.",
+    ),
+    Figure(
+        "update_ratio",
+        "probe/update_ratio",
+        "Norm of the weights' net change since the last probe, divided by the number "
+        "of steps in between and by the norm of the weights.",
+    ),
     Figure("seconds", "probe/seconds", "Time that the probe took, in seconds."),
     Figure(
         "num_matvecs",
@@ -199,7 +213,14 @@ PROBE_FIGURES = (
         "Share of the time that probes have taken so far, compilation apart.",
     ),
 )
-GLOBAL_FIGURES = HESSIAN_FIGURES + HESSIAN_ERRORS + PROBE_FIGURES
+GLOBAL_FIGURES = HESSIAN_FIGURES + PROBE_FIGURES
+ERROR_KEYS = (
+    "hessian_trace_standard_error",
+    "hessian_frobenius_norm_standard_error",
+    "hessian_max_eigenvalue_error",
+    "hessian_preconditioned_max_eigenvalue_error",
+)
+"""Errors of the figures: on the page as such, elsewhere in the bands."""
 
 
 def _figures_by(kind: str) -> tuple[Figure, ...]:
@@ -213,7 +234,6 @@ def _figures_by(kind: str) -> tuple[Figure, ...]:
             f"Mean absolute value {of}.",
         ),
         Figure("diagonal_max", f"{kind}_diagonal_max", f"Maximum {of}."),
-        Figure("diagonal_min", f"{kind}_diagonal_min", f"Minimum {of}."),
         Figure(
             "negative_share",
             f"{kind}_negative_share",
@@ -226,29 +246,62 @@ def _figures_by(kind: str) -> tuple[Figure, ...]:
             f"Share of the squared Frobenius norm that lies in the {kind}'s rows.",
         ),
         Figure(
-            "diagonal_mean_standard_error",
-            f"uncertainty_of_{kind}/diagonal_mean",
-            f"Standard error of the mean {of}.",
+            "gradient_norm",
+            f"{kind}_gradient_norm",
+            f"Norm of the {kind}'s part of the gradient on the probe data.",
         ),
         Figure(
-            "trace_standard_error",
-            f"uncertainty_of_{kind}/trace",
-            f"Standard error of the sum {of}.",
+            "update_ratio",
+            f"{kind}_update_ratio",
+            f"Norm of the net change of the {kind}'s weights since the last probe, "
+            "divided by the number of steps and by the norm of these weights.",
         ),
     )
 
 
 LAYER_FIGURES = _figures_by("layer")
 VARIABLE_FIGURES = _figures_by("variable")
+LAYER_KEYS = (
+    *(figure.key for figure in LAYER_FIGURES),
+    "diagonal_min",
+    "diagonal_mean_standard_error",
+    "trace_standard_error",
+    "block_share",
+    "block_share_standard_error",
+)
+"""A layer's figures on the page."""
 
-LAYER_HISTOGRAM = "diagonal"
-VARIABLE_HISTOGRAM = "diagonal_of_variable"
-HEAT_MAP = "diagonal_heat_map"
-SPECTRAL_DENSITY = "spectral_density"
-LAYER_TABLE = "curvature_layers"
+WHOLE_MODEL = "_whole_model"
+LAYER_HISTOGRAM = "hessian_diagonal_signed_log10"
+VARIABLE_HISTOGRAM = "variable_diagonal_signed_log10"
+GRADIENT_HISTOGRAM = "loss_gradient_signed_log10"
+
+PAGE_FIGURES = "curvature_figures"
+PAGE_LAYERS = "curvature_layers"
+PAGE_DENSITY = "curvature_density"
+LAYER_TABLE = "curvature_layer_table"
+PROBES_PER_TAG = 50
+"""TensorBoard keeps more of each tag, whichever of its two loaders reads them."""
+
 MODE = "mode"
 MODE_DESCRIPTION = (
     "How the layers of the model ran while the curvature was measured: in training, "
     "BatchNormalization takes the statistics of the batch."
 )
 OPTIMIZER = "optimizer"
+_OF_OPTIMIZER = {
+    "curvature_age": "Steps since the optimizer took in curvature.",
+    "step_size": "Root mean square of the last step, weight decay apart.",
+    "clipped_share": (
+        "Share of entries whose averaged gradient exceeds its usual size, and is cut."
+    ),
+    "newton_share": (
+        "Share of entries in which curvature weighs more than the trust radius."
+    ),
+    "negative_share": "Share of entries with negative curvature.",
+}
+
+
+def optimizer_description(key: str) -> str:
+    """What TensorBoard shows beside a figure that an optimizer tells of itself."""
+    return _OF_OPTIMIZER.get(key, f"What the optimizer tells of its steps: {key}.")

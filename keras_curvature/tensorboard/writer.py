@@ -8,24 +8,7 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 
 from keras_curvature.tensorboard import event_file, summaries, tags
-from keras_curvature.tensorboard.density_image import density_image
 from keras_curvature.tensorboard.event_file import EventFile
-from keras_curvature.tensorboard.heat_map import HeatMap
-
-_HEAT_MAP_DESCRIPTION = (
-    "Mean absolute value of each layer's part of the Hessian's diagonal; one row a "
-    "layer, one column a probe, on a logarithmic colour scale."
-)
-_DENSITY_DESCRIPTION = (
-    "Density of the eigenvalues of the Hessian, on a logarithmic scale: by stochastic "
-    "Lanczos quadrature, each eigenvalue a Gaussian of 1 % of the spectrum's width."
-)
-_HEAT = next(f for f in tags.LAYER_FIGURES if f.key == "diagonal_mean_abs")
-# Each record has some of these.
-_SCALARS = {figure.tag for figure in tags.GLOBAL_FIGURES}
-# A new image is due when the map has grown by this share: the event file grows with the
-# logarithm of the number of probes.
-_HEAT_MAP_GROWTH = 1.1
 
 
 class CurvatureWriter:
@@ -57,18 +40,26 @@ class CurvatureWriter:
 
     Args:
         log_dir: The directory given to TensorBoard, or a run's directory below it.
-        per_variable: Whether each variable gets its own tags, besides its layer's.
-            Defaults to `False`: a deep model has hundreds of variables.
+        per_variable: Whether the variables of these layers get their own tags too.
+            Defaults to `False`.
+        top_layers: How many layers get charts and histograms of their own in
+            TensorBoard's own tabs: those with most of the squared Frobenius norm, or
+            of the trace, in the run's first record; they stay the same, so that their
+            curves are whole. `None` for all. The page "Curvature" has all in any case.
 
     Raises:
         ValueError: If `log_dir` is an address that no installed package can write to.
     """
 
     def __init__(
-        self, log_dir: str | os.PathLike[str], per_variable: bool = False
+        self,
+        log_dir: str | os.PathLike[str],
+        per_variable: bool = False,
+        top_layers: int | None = 8,
     ) -> None:
         self._log_dir = os.fspath(log_dir)
         self._per_variable = per_variable
+        self._top_layers = top_layers
         self._file: EventFile | None = None
         self._started = False
         self._directory = self._directory_of(1)
@@ -117,21 +108,18 @@ class CurvatureWriter:
 
     def _forget(self) -> None:
         self._last: int | None = None
-        self._heat_map = HeatMap()
-        self._probes = 0
-        self._next_drawing = 1.0
-        self._undrawn_step: int | None = None
+        # Layers with tags of their own; None until a record names its layers.
+        self._shown: set[str] | None = None
+        # What the page's tags are named after, and how many records they hold. A tag
+        # names its figures once, and an optimizer may tell others than before.
+        self._tagged, self._in_tag = 0, tags.PROBES_PER_TAG
+        self._of_optimizer: list[str] = []
 
     def _recall(self, step: int) -> None:
         """Goes on from what the event files hold up to a step; the rest goes."""
         self._forget()
-        columns = _columns(event_file.taken_back(self._directory, step))
-        for at, column in sorted(columns.items()):
-            self._last = at
-            if column:
-                self._heat_map.add(at, column)
-                self._probes += 1
-        self._next_drawing = max(1.0, _HEAT_MAP_GROWTH * self._probes)
+        self._last, shown = _recalled(event_file.taken_back(self._directory, step))
+        self._shown = shown or None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, and hands it to the file system at once.
@@ -147,45 +135,33 @@ class CurvatureWriter:
                 may be written.
         """
         step = _step_of(record)
-        values = list(summaries.record_values(record, self._per_variable))
-        self._add_to_heat_map(step, record)
-        drawn = self._undrawn_step == step and self._probes >= self._next_drawing
-        if drawn:
-            values.append(self._draw())
-        density = record.get("spectral_density")
-        if density is not None:
-            pixels = density_image(density)
-            values.append(
-                summaries.image(tags.SPECTRAL_DENSITY, pixels, _DENSITY_DESCRIPTION)
-            )
+        of_optimizer = list(record.get("optimizer") or ())
+        if self._in_tag == tags.PROBES_PER_TAG or of_optimizer != self._of_optimizer:
+            self._tagged, self._in_tag = step, 0
+            self._of_optimizer = of_optimizer
+        values = [
+            *summaries.record_values(record, self._layers(record), self._per_variable),
+            *summaries.page_values(record, self._tagged),
+        ]
         self._open().write(values, step, list(_standing(record)))
+        self._in_tag += 1
         self._last = step
-        if drawn:
-            self._next_drawing = _HEAT_MAP_GROWTH * self._probes
-            self._undrawn_step = None
 
-    def flush(self) -> None:
-        """Draws the heat map up to the last record.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
-        if self._undrawn_step is not None:
-            self._open().write([self._draw()], self._undrawn_step)
-            self._undrawn_step = None
+    def _layers(self, record: Mapping[str, Any]) -> set[str]:
+        """The layers with tags of their own, chosen at the first record."""
+        layers = record.get("layers") or ()
+        if self._top_layers is None:
+            return {layer["name"] for layer in layers}
+        if self._shown is None and layers:
+            first = sorted(layers, key=_weight, reverse=True)[: self._top_layers]
+            self._shown = {layer["name"] for layer in first}
+        return self._shown or set()
 
     def close(self) -> None:
-        """Flushes and closes the file; a later record opens another in the same run.
-
-        Raises:
-            OSError: If the last image cannot be written. The file is closed even so.
-        """
-        try:
-            self.flush()
-        finally:
-            if self._file is not None:
-                self._file.release()
-                self._file = None
+        """Closes the file; a later record opens another in the same run."""
+        if self._file is not None:
+            self._file.release()
+            self._file = None
 
     def __enter__(self) -> "CurvatureWriter":
         return self
@@ -198,40 +174,32 @@ class CurvatureWriter:
             self._file = EventFile.acquire(self._directory)
         return self._file
 
-    def _add_to_heat_map(self, step: int, record: Mapping[str, Any]) -> None:
-        key = _HEAT.key
-        layers = record.get("layers") or ()
-        column = {p["name"]: float(p[key]) for p in layers if p.get(key) is not None}
-        if column:
-            self._heat_map.add(step, column)
-            self._probes += 1
-            self._undrawn_step = step
 
-    def _draw(self) -> summaries.Value:
-        return summaries.image(
-            tags.HEAT_MAP, self._heat_map.render(), _HEAT_MAP_DESCRIPTION
-        )
+def _weight(layer: Mapping[str, Any]) -> tuple[float, float, float]:
+    """By what layers are ranked: what is known of their part in the curvature."""
+    share, trace, size = (layer.get(k) for k in ("frobenius_share", "trace", "size"))
+    return share or 0.0, abs(trace or 0.0), size or 0
 
 
-def _columns(events: Iterable[Event]) -> dict[int, dict[str, float]]:
-    """The heat map's columns by step, one for each record."""
-    columns: dict[int, dict[str, float]] = {}
-    prefix = _HEAT.of("")
+def _recalled(events: Iterable[Event]) -> tuple[int | None, set[str]]:
+    """The step of the last record, and the layers that have tags of their own."""
+    last, layers = None, set()
+    prefixes = tuple(figure.of("") for figure in tags.LAYER_FIGURES)
     for event in events:
         for value in event.summary.value:
-            if value.tag in _SCALARS:
-                columns.setdefault(event.step, {})
-            elif value.tag.startswith(prefix):
-                name = value.tag.removeprefix(prefix)
-                columns.setdefault(event.step, {})[name] = value.tensor.float_val[0]
-    return columns
+            if value.tag.startswith(f"{tags.PAGE_FIGURES}/"):
+                last = max(event.step, -1 if last is None else last)
+            elif value.tag.startswith(prefixes):
+                layers.add(value.tag.partition("/")[2])
+    return last, layers
 
 
 def _standing(record: Mapping[str, Any]) -> Iterator[summaries.Value]:
     """What a record says of the model and not of its curvature."""
     layers = record.get("layers") or ()
     sizes = tuple((layer["name"], int(layer.get("size") or 0)) for layer in layers)
-    yield summaries.layer_table(sizes)
+    if sizes:
+        yield summaries.layer_table(sizes)
     if record.get("mode"):
         yield summaries.text(tags.MODE, record["mode"], tags.MODE_DESCRIPTION)
 

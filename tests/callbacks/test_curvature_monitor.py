@@ -162,7 +162,12 @@ def test_record():
         # Of plain gradient descent.
         "stability_threshold": 2 / 0.01,
         "two_over_learning_rate": 2 / 0.01,
+        "stability_ratio": np.linalg.eigvalsh(h).max() / (2 / 0.01),
+        "gradient_norm": np.linalg.norm(op.value_and_gradient()[1]),
     }
+    # tests/test_gradients.py compares these.
+    for key in ("gradient_noise_scale", "update_ratio"):
+        assert record.pop(key) > 0
     variables, parts = record.pop("variables"), record.pop("layers")
     assert record.pop("optimizer") == {}
     assert record.keys() == expected.keys()

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator, event_multiplexer
+from tensorboard.util import tensor_util
 from training import data, fit, network, steps
 
 import keras_curvature as kc
@@ -55,15 +56,19 @@ def test_the_whole_set_of_tags(tmp_path):
     fit(model, monitor)
     layers = [layer["name"] for layer in monitor.history[0]["layers"]]
     assert len(layers) == 2
+    last = monitor.history[-1]
     expected = {
         *(figure.tag for figure in tags.GLOBAL_FIGURES),
         *(end for band in tags.BANDS for end in (band.value, band.lower, band.upper)),
-        *(f"{tags.OPTIMIZER}/{x}" for x in monitor.history[0]["optimizer"]),
-        *(tags.HEAT_MAP, tags.LAYER_TABLE, tags.MODE),
+        *(f"{tags.OPTIMIZER}/{x}" for x in last["optimizer"]),
+        *(f"{tags.PAGE_FIGURES}/0", f"{tags.PAGE_LAYERS}/0"),
+        *(tags.LAYER_TABLE, tags.MODE),
         "custom_scalars__config__",
     }
     for layer in layers:
-        expected |= {f.of(layer) for f in tags.LAYER_FIGURES} | {f"diagonal/{layer}"}
+        expected |= {f.of(layer) for f in tags.LAYER_FIGURES}
+    for histogram in (tags.LAYER_HISTOGRAM, tags.GRADIENT_HISTOGRAM):
+        expected |= {f"{histogram}/{x}" for x in (*layers, tags.WHOLE_MODEL)}
     # The limit of plain gradient descent, which this is not.
     expected.remove(tags.TWO_OVER_LEARNING_RATE.tag)
     found = tensors(tmp_path / "curvature")
@@ -78,13 +83,13 @@ def test_per_variable_and_without_histograms(tmp_path):
     fit(network(), watch(tmp_path / "a", per_variable=True))
     found = set(tensors(tmp_path / "a" / "curvature"))
     assert sum(t.startswith("variable_trace/") for t in found) == 4
-    assert sum(t.startswith("diagonal_of_variable/") for t in found) == 4
+    assert sum(t.startswith(f"{tags.VARIABLE_HISTOGRAM}/") for t in found) == 4
     fit(network(), watch(tmp_path / "b", histograms=False))
     found = set(tensors(tmp_path / "b" / "curvature"))
-    assert not any(t.startswith(("diagonal/", "variable_")) for t in found)
+    assert not any("signed_log10" in t or t.startswith("variable_") for t in found)
 
 
-def test_spectral_density_is_recorded_and_drawn(tmp_path):
+def test_spectral_density_is_recorded_and_written(tmp_path):
     monitor = watch(tmp_path, spectral_density=2)
     fit(network(), monitor)
     plain, dense = [
@@ -99,9 +104,10 @@ def test_spectral_density_is_recorded_and_drawn(tmp_path):
     assert density["size"] == 31 and len(density["standard_error"]) == len(grid)
     # Two vectors, each with a Lanczos step per weight at most.
     assert 31 < dense[1]["num_matvecs"] - plain[0]["num_matvecs"] <= 2 * 31
-    found = tensors(tmp_path / "curvature")[tags.SPECTRAL_DENSITY]
+    found = tensors(tmp_path / "curvature")[f"{tags.PAGE_DENSITY}/0"]
     assert [e.step for e in found] == [0, 10]
-    assert found[0].tensor_proto.string_val[2].startswith(b"\x89PNG")
+    written = tensor_util.make_ndarray(found[0].tensor_proto)
+    np.testing.assert_allclose(written[1], value, rtol=1e-6)
 
 
 def test_density_can_be_all_there_is(tmp_path):

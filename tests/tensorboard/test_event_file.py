@@ -101,7 +101,7 @@ def test_tensorflow_is_never_loaded(tmp_path, backend):
         pytest.skip(f"{backend} is not installed")
     run(WRITE_EVERYTHING, tmp_path, "tensorflow", backend=backend)
     found = read(tmp_path)
-    for tag in ("hessian/trace", "diagonal_heat_map", "spectral_density"):
+    for tag in ("hessian/trace", "curvature_figures/0", "curvature_density/0"):
         assert list(found[tag]) == [0, 1, 2]
 
 
@@ -121,7 +121,7 @@ def test_one_writer_over_several_fits_continues_the_run(tmp_path):
     assert len(event_files(tmp_path)) == 2
     found = read(tmp_path)
     assert set(found["hessian/trace"]) == {0, 10}
-    assert set(found["diagonal/logits"]) == {0, 10}
+    assert set(found["hessian_diagonal_signed_log10/logits"]) == {0, 10}
 
 
 def in_two_processes(log_dir, resumed_at, first=(0, 10, 20, 30), second=(20, 30, 40)):
@@ -159,19 +159,18 @@ def test_what_training_took_back_is_removed(tmp_path):
     found = read(tmp_path)
     again = synthetic_record(20, seed=1)["hessian_trace"]
     np.testing.assert_allclose(found["hessian/trace"][20], again, rtol=1e-6)
-    # The layout, and the images up to there, are still in the first file.
-    assert {"custom_scalars__config__", "diagonal_heat_map"} < set(
+    # The layout, and what the page reads up to there, are still in the first file.
+    assert {"custom_scalars__config__", "curvature_layers/0"} < set(
         values(event_files(tmp_path)[0])
     )
 
 
-def test_the_heat_map_goes_on_from_what_is_there(tmp_path):
-    in_two_processes(tmp_path / "two", resumed_at=15)
-    with CurvatureWriter(tmp_path / "one") as writer:
-        for step, seed in zip((0, 10, 20, 30, 40), (0, 0, 1, 1, 1), strict=True):
-            writer.write(synthetic_record(step, seed))
-    one, two = (read(tmp_path / n)["diagonal_heat_map"][40] for n in ("one", "two"))
-    np.testing.assert_array_equal(one, two)
+def test_the_page_reads_each_step_once_after_a_resumption(tmp_path):
+    in_two_processes(tmp_path, resumed_at=15)
+    found = read(tmp_path)
+    # A tag of its own, for what it holds need not be told again.
+    assert list(found["curvature_figures/0"]) == [0, 10]
+    assert list(found["curvature_figures/20"]) == [20, 30, 40]
 
 
 def test_two_runs_of_one_directory_stay_apart(tmp_path):
@@ -303,8 +302,9 @@ def test_a_full_disk_costs_what_does_not_fit_and_no_more(tmp_path):
     found = read(tmp_path)
     assert list(found["probe/loss"]) == [0, 2]
     # What is written but once comes with the first record that fits.
-    assert [name.decode() for name, _ in found["curvature_layers"][2]] == list(LAYERS)
-    assert list(found["diagonal_heat_map"]) == [2]
+    assert [name.decode() for name, _ in found["curvature_layer_table"][2]] == list(
+        LAYERS
+    )
     [described] = [
         event.step
         for event in events(path)
@@ -320,8 +320,7 @@ def test_a_disk_that_is_full_from_the_start_is_not_littered(tmp_path):
         for _ in range(2):
             with pytest.raises(OSError, match="File too large"):
                 writer.write(synthetic_record(1))
-        with pytest.raises(OSError, match="File too large"):
-            writer.close()
+        writer.close()
     assert event_files(tmp_path) == []
 
 
@@ -343,7 +342,7 @@ def test_a_run_whose_directory_was_deleted_goes_on(tmp_path):
     writer.write(synthetic_record(2))
     writer.close()
     found = read(tmp_path / "run")
-    assert {"custom_scalars__config__", "curvature_layers"} < set(found)
+    assert {"custom_scalars__config__", "curvature_layer_table"} < set(found)
     assert list(found["hessian/trace"]) == [2]
 
 
@@ -400,7 +399,7 @@ def test_a_long_file_in_a_store_is_followed_by_another(store, tmp_path, monkeypa
     assert 2 <= len(paths) <= 6
     assert list(values(*paths)["hessian/trace"]) == list(range(12))
     for path in paths:
-        assert "curvature_layers" in values(path)
+        assert "curvature_layer_table" in values(path)
 
 
 def test_a_store_that_fails_loses_the_record_and_no_more(store, tmp_path):

@@ -1,56 +1,42 @@
 """The page "Curvature" in a real browser, on a real TensorBoard."""
 
 import csv
+import importlib.util
 import io
+import json
 import math
+import pathlib
 import re
 import shutil
 import time
+import urllib.parse
 import urllib.request
 
 import pytest
+from large_logs import write_runs
 from patience import PATIENCE
 from records import LAYERS, MODE, synthetic_record
+from servers import start_browser
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
 selenium = pytest.importorskip("selenium", reason="selenium drives the browser")
 
-from selenium import webdriver  # noqa: E402
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 STEPS = tuple(range(0, 1000, 100))
 RUNS = {"newton": 0.1, "sgd": 0.02}
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1500,1300",
-)
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (binary and driver):
+    started = start_browser(tmp_path_factory.mktemp("chromium"))
+    if started is None:
         pytest.skip("no browser: install chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield started
     started.quit()
 
@@ -58,6 +44,13 @@ def browser(tmp_path_factory):
 def run_of(name, step):
     seed = list(RUNS).index(name)
     record = synthetic_record(step, seed, learning_rate=RUNS[name])
+    if step < 200:
+        # No good guess as yet.
+        record["hessian_max_eigenvalue_error"] = 50 * record["hessian_max_eigenvalue"]
+    if step in (0, 500):
+        grid = [0.1 * i - 1 for i in range(40)]
+        density = [math.exp(-(g**2)) for g in grid]
+        record["spectral_density"] = {"grid": grid, "density": density}
     # With a preconditioner it is no limit.
     return {**record, "two_over_learning_rate": None}
 
@@ -86,13 +79,21 @@ class Page:
     def __init__(self, browser):
         self.browser = browser
 
-    def open(self, url, state="ready"):
+    def open(self, url, state="ready", **chosen):
+        query = {f"p.curvature.{key}": value for key, value in chosen.items()}
         self.browser.switch_to.default_content()
         self.browser.get("about:blank")
-        self.browser.get(url + "#curvature")
+        query = "?" + urllib.parse.urlencode(query) if query else ""
+        self.browser.get(f"{url}{query}#curvature")
         self.enter()
         self.until(lambda: self.one("#page").get_attribute("data-state") == state)
+        if state == "ready":
+            self.settle()
         return self
+
+    def settle(self):
+        """Waits until nothing more is being read."""
+        self.until(lambda: self.all(".content[aria-busy=false]"))
 
     def enter(self):
         frame = self.until(lambda: self.all("iframe[src*='name=curvature']"))[0]
@@ -144,6 +145,30 @@ class Page:
             *(LAYERS.index(layer), len(LAYERS), STEPS.index(step), len(STEPS)),
         )
 
+    @property
+    def chosen(self):
+        """What the address that the reader sees says of the choices."""
+        query = self.browser.execute_script("return window.parent.location.search")
+        return {
+            key.removeprefix("p.curvature."): value
+            for key, value in urllib.parse.parse_qsl(query.removeprefix("?"))
+            if key.startswith("p.curvature.")
+        }
+
+    def drag(self, chart, first, last):
+        """Over a curve, between two places given as shares of the plot."""
+        plot = self.one(f"[data-chart={chart}] .plot")
+        self.browser.execute_script("arguments[0].scrollIntoView()", plot)
+        width = plot.rect["width"]
+        actions = ActionChains(self.browser)
+        actions.move_to_element_with_offset(plot, round((first - 0.5) * width), 0)
+        actions.click_and_hold()
+        actions.move_by_offset(round((last - first) * width), 0).release().perform()
+
+    def lines_of(self, chart, expected):
+        """Waits for the curves of figures that are read when they are asked for."""
+        self.until(lambda: self.lines(chart) == expected, seconds=10)
+
     def lines(self, chart):
         return [
             (line.get_attribute("data-run"), line.get_attribute("data-name"))
@@ -170,9 +195,11 @@ def test_first_sight(page):
     assert float(shown[1]) == pytest.approx(100 * share, abs=0.51)
     assert answer.endswith(f"Layers ran as in {MODE}.")
     tiles = {
-        tile.get_attribute("data-figure"): tile.text.split("\n")[1]
+        tile.get_attribute("data-figure"): tile.text.split("\n")[-1]
         for tile in page.all(".tile")
     }
+    # Each of them says in plain words what it is.
+    assert len(page.all(".tile .help")) == len(tiles)
     assert set(tiles) == {
         "loss",
         "hessian_trace",
@@ -180,10 +207,18 @@ def test_first_sight(page):
         "hessian_max_eigenvalue",
         "hessian_preconditioned_max_eigenvalue",
         "stability_threshold",
+        "gradient_norm",
+        "gradient_noise_scale",
+        "update_ratio",
         "num_matvecs",
         "overhead",
+        "seconds",
+        "first_seconds",
     }
     assert tiles["overhead"] == "4 %"
+    assert tiles["seconds"] == "0.4 s"
+    noise = last["gradient_noise_scale"]
+    assert tiles["gradient_noise_scale"] == f"{noise:.3g} samples"
     value, error = tiles["hessian_trace"].split(" ± ")
     assert float(error) == pytest.approx(last["hessian_trace_standard_error"], rel=0.05)
     # Rounded to the error's second digit.
@@ -238,12 +273,13 @@ def test_custom_scalars_begin_with_the_trace(browser, server):
         "Trace",
         "Frobenius norm",
         "Largest eigenvalue",
-        "Largest eigenvalue against 2 / learning rate",
+        "Curvature that the optimizer sees over its stability threshold",
     ]
 
 
 def test_choosing_a_figure(page):
     page.one("input[value=negative_share]").click()
+    page.settle()
     assert "Share of negative entries" in page.text("#heat-map h3")
     assert page.texts(".legend-marks span")[0] == "0 %"
     share = run_of("newton", 200)["layers"][1]["negative_share"]
@@ -251,6 +287,7 @@ def test_choosing_a_figure(page):
     assert float(shown.removesuffix(" %")) == pytest.approx(100 * share, abs=0.06)
     assert "has the largest share of negative curvature" in page.text("#answer")
     page.one("input[value=diagonal_max]").click()
+    page.settle()
     highest = run_of("newton", 200)["layers"][1]["diagonal_max"]
     shown = float(page.point_at_cell("conv2", 200)[2].removeprefix("Maximum: "))
     assert shown == pytest.approx(highest, rel=0.006)
@@ -260,7 +297,7 @@ def test_curves_of_the_selected_layer_compare_runs(page):
     page.all(".row-label")[2].click()
     assert page.text("[data-chart=layer] h3") == "Mean · block/attention"
     both = [("newton/curvature", "newton"), ("sgd/curvature", "sgd")]
-    assert page.lines("layer") == both
+    page.lines_of("layer", both)
     assert page.lines("trace") == page.lines("frobenius_norm") == both
     assert len(page.all("[data-chart=layer] path.band")) == 2
     page.one("#bands").click()
@@ -269,7 +306,7 @@ def test_curves_of_the_selected_layer_compare_runs(page):
     assert page.lines("layer") == both[:1]
     # The other run goes into the heat map when its name is chosen.
     page.all(".run-name")[1].click()
-    assert page.lines("layer") == both
+    page.lines_of("layer", both)
     assert page.text("#answer").startswith("At step 900 of sgd")
     assert page.text("#heat-map h3").endswith("· sgd")
 
@@ -283,6 +320,7 @@ def test_stability_is_what_the_optimizer_sees_as_a_share_of_its_threshold(page):
         "unstable above",
     ]
     plot = page.one("[data-chart=stability] .plot")
+    page.browser.execute_script("arguments[0].scrollIntoView()", plot)
     ActionChains(page.browser).move_to_element(plot).perform()
     page.until(lambda: "step" in page.text("#tooltip"))
     heading, line, _ = page.text("#tooltip").split("\n")
@@ -327,6 +365,7 @@ def test_eigenvalue_has_the_limit_of_plain_gradient_descent(page, log_dir):
 
 def test_hovering_a_curve_names_every_run(page):
     plot = page.one("[data-chart=trace] .plot")
+    page.browser.execute_script("arguments[0].scrollIntoView()", plot)
     ActionChains(page.browser).move_to_element(plot).perform()
     page.until(lambda: "step" in page.text("#tooltip"))
     heading, *lines = page.text("#tooltip").split("\n")
@@ -339,7 +378,7 @@ def test_hovering_a_curve_names_every_run(page):
         digit = 0.1 * record["hessian_trace_standard_error"]
         assert float(shown) == pytest.approx(record["hessian_trace"], abs=digit)
     # The same step is marked in the other charts.
-    assert len(page.all(".cursor")) == 6
+    assert len(page.all(".cursor")) == 9
 
 
 def test_csv_of_the_shown_runs(page):
@@ -358,6 +397,210 @@ def test_csv_of_the_shown_runs(page):
         math.isclose(trace[s], run_of("sgd", s)["hessian_trace"], rel_tol=1e-6)
         for s in STEPS
     )
+
+
+def test_what_has_not_converged_is_hollow_and_does_not_stretch_the_scale(page):
+    rough = 2 * sum(step < 200 for step in STEPS)
+    assert len(page.all("[data-chart=max_eigenvalue] circle.hollow")) == rough
+    ticks = page.texts("[data-chart=max_eigenvalue] .tick[text-anchor=end]")
+    # Bounds are fifty times as large as the values.
+    assert max(map(float, ticks)) <= 100
+
+
+def test_dragging_over_a_curve_zooms_all_panes(page):
+    page.drag("trace", 0.3, 0.6)
+    first, last = map(int, page.chosen["steps"].split("-"))
+    assert 150 < first < 350 and 450 < last < 650
+    shown = [step for step in STEPS if first <= step <= last]
+    assert page.text("#heat-map .steps span") == str(shown[0])
+    assert len(page.all("#heat-map .steps span")) == len(shown)
+    ticks = page.texts("[data-chart=loss] .tick[text-anchor=middle]")
+    assert all(first <= int(tick.replace("\u2009", "")) <= last for tick in ticks)
+    page.one("#unzoom").click()
+    assert "steps" not in page.chosen
+    assert not page.one("#unzoom").is_displayed()
+
+
+def test_a_link_shows_what_was_chosen(page, server):
+    page.all(".run-name")[1].click()
+    page.one("input[value=trace]").click()
+    page.one("#bands").click()
+    page.settle()
+    page.all(".row-label")[1].click()
+    chosen = page.chosen
+    assert chosen == {
+        "run": "sgd/curvature",
+        "figure": "trace",
+        "bands": "0",
+        "layer": "conv2",
+    }
+    page.open(server.url, **chosen)
+    assert page.text("#answer").startswith("At step 900 of sgd")
+    assert page.text("[data-chart=layer] h3") == "Trace · conv2"
+    assert page.all("path.band") == []
+
+
+def test_smoothing_keeps_the_values_in_sight(page, server):
+    page.open(server.url, smooth="0.8")
+    assert len(page.all("[data-chart=trace] path.raw")) == 2
+    shown = page.one("[data-chart=trace] path.line").get_attribute("d")
+    assert shown != page.one("[data-chart=trace] path.raw").get_attribute("d")
+
+
+def test_layers_are_found_by_name_and_sorted_by_value(page, server):
+    page.one("#layer-filter").send_keys("BLOCK")
+    assert page.texts(".row-label") == ["block/attention", "block/norm"]
+    page.one("#layer-filter").clear()
+    page.one("#layer-filter").send_keys("x")
+    assert page.text("#heat-map .note-line") == "No layer has this in its name."
+    page.open(server.url, sort="value")
+    last = run_of("newton", STEPS[-1])["layers"]
+    by_value = sorted(last, key=lambda part: -part["diagonal_mean"])
+    assert page.texts(".row-label") == [part["name"] for part in by_value]
+
+
+def test_arrow_keys_go_from_row_to_row_and_from_step_to_step(page):
+    page.all(".row-label")[0].click()
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    assert page.text("[data-chart=layer] h3") == "Mean · conv2"
+    assert page.browser.switch_to.active_element.text == "conv2"
+    page.one("[data-chart=trace] .plot").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert page.text("#tooltip").startswith("step 100\n")
+
+
+def test_distributions_over_steps(page):
+    for chart, columns in (("density", 2), ("histogram", 10)):
+        page.until(lambda c=chart: page.all(f"[data-chart={c}] rect"), seconds=10)
+        steps = page.texts(f"[data-chart={chart}] .tick[text-anchor=middle]")
+        assert steps[0] == "0" and 1 < len(steps) <= columns
+    assert "logits" in page.text("[data-chart=gradient_histogram] h3")
+
+
+def test_what_changed_between_two_runs(page):
+    versus = page.one("#versus")
+    versus.send_keys("sgd")
+    page.until(lambda: page.all(".change"), seconds=10)
+    here, there = (run_of(name, STEPS[-1])["layers"] for name in ("newton", "sgd"))
+    ratios = {
+        a["name"]: a["diagonal_mean"] / b["diagonal_mean"]
+        for a, b in zip(here, there, strict=True)
+    }
+    shown = {
+        row.get_attribute("data-layer"): float(
+            row.find_element(By.CSS_SELECTOR, "b").text.removesuffix("×")
+        )
+        for row in page.all(".change")
+    }
+    # What changed most comes first.
+    assert list(shown) == sorted(ratios, key=lambda k: -abs(math.log(ratios[k])))
+    for layer, ratio in ratios.items():
+        assert shown[layer] == pytest.approx(ratio, rel=0.01)
+    assert page.chosen["versus"] == "sgd/curvature"
+
+
+def test_panes_are_saved_with_the_look_they_have(page):
+    script = """
+        const done = arguments[arguments.length - 1];
+        import(new URL('picture.js', location.origin + '/data/plugin/curvature/'))
+          .then(({asSvg}) => {
+            const all = document.querySelectorAll('.card[data-chart], #heat-map');
+            const cards = [...all];
+            const filled = (card) => card.querySelector('.plot > svg, canvas');
+            done(cards.filter((card) => !card.hidden && filled(card)).map(asSvg));
+          });
+    """
+    pictures = page.browser.execute_async_script(script)
+    assert len(pictures) >= 12
+    for picture in pictures:
+        assert picture.startswith("<svg") and "step" in picture
+    assert any("data:image/png" in picture for picture in pictures)
+    # The colour of the first run, which only the style sheet knows else.
+    assert any("stroke: rgb(0, 114, 178)" in picture for picture in pictures)
+
+
+def test_a_pane_of_zeros_says_so(page, log_dir):
+    with CurvatureWriter(log_dir / "zero") as writer:
+        for step in (0, 100):
+            layers = [{"name": "dense", "trace": 0.0, "diagonal_mean": 0.0}]
+            writer.write({"step": step, "loss": 0.0, "layers": layers})
+
+    def reloaded():
+        page.browser.switch_to.default_content()
+        page.one("app-header-reload button").click()
+        page.enter()
+        time.sleep(0.5)
+        return "zero" in page.texts(".run-name")
+
+    page.until(reloaded)
+    page.one("#no-runs").click()
+    page.one("[data-run='zero/curvature'] .run-name").click()
+    page.until(lambda: page.text("#answer").startswith("At step 100 of zero"))
+    page.until(lambda: page.text("#heat-map .note-line") == "All values are zero.")
+    assert page.text("[data-chart=loss] .note") == "All values are zero."
+    shutil.rmtree(log_dir / "zero")
+
+
+def test_many_layers_fold_and_many_runs_have_short_names(browser, serve, tmp_path):
+    names = write_runs(tmp_path, runs=10, probes=60, layers=100)
+    with serve(tmp_path, load_fast="true") as running:
+        for name in names:
+            running.wait_for_run(name)
+        page = Page(browser).open(running.url)
+        assert page.text("#run-prefix") == "All begin with sweep/"
+        shown = page.texts(".run-name")
+        assert sorted(shown) == sorted(f"rate={0.1 * (i + 1):.1f}" for i in range(10))
+        assert len(page.lines("trace")) == 6
+        page.one("#all-runs").click()
+        page.until(lambda: len(page.lines("trace")) == 10, seconds=10)
+        # Beyond eight runs colours come again, with another stroke.
+        dashed = page.all("[data-chart=trace] path.line[stroke-dasharray]")
+        assert len(dashed) == 2
+        page.one("#run-filter").send_keys("0.3")
+        assert page.texts(".run-name") == ["rate=0.3"]
+        page.settle()
+        rows = page.texts(".row-label")
+        assert all(row.startswith("▸ model/stage") for row in rows)
+        page.all(".row-label")[0].click()
+        unfolded = page.texts(".row-label")
+        assert len(unfolded) == len(rows) + 4
+        assert unfolded[1] == "model/stage1/block1/conv_0"
+        assert page.chosen["folds"] == "+model/stage1/block1"
+        # The steps stay in sight below the rows that scroll.
+        scroll = page.one("#heat-map .scroll").rect
+        steps = page.one("#heat-map .steps").rect
+        assert steps["y"] >= scroll["y"] + scroll["height"] - 1
+        # Before its server goes, which the next test's page is not to be blamed for.
+        browser.switch_to.default_content()
+        browser.get("about:blank")
+
+
+def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
+    """By name if there is one, or else by place among names that are alike."""
+    script = """
+        const [layers, others, done] = arguments;
+        import(new URL('layers.js', location.origin + '/data/plugin/curvature/'))
+          .then(({matched}) => done(JSON.stringify([...matched(layers, others)])));
+    """
+    layers = ["conv", "dense", "dense_1", "block_2/norm", "extra"]
+    others = ["conv", "dense_4", "dense_5", "block_7/norm"]
+    found = page.browser.execute_async_script(script, layers, others)
+    assert dict(json.loads(found)) == {
+        "conv": "conv",
+        "dense": "dense_4",
+        "dense_1": "dense_5",
+        "block_2/norm": "block_7/norm",
+        "extra": None,
+    }
+
+
+def test_the_picture_in_the_readme_is_of_this_page():
+    """If this fails, `python docs/page.py` makes it anew."""
+    image = pytest.importorskip("PIL.Image")
+    path = pathlib.Path(__file__).parents[2] / "docs" / "page.py"
+    spec = importlib.util.spec_from_file_location("page", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert image.open(made.PICTURE).text[made.KEY] == made.digest()
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])

@@ -32,6 +32,7 @@ def test_custom_scalars_show_error_bands(server):
         "Curvature",
         "Edge of stability",
         "Curvature by layer",
+        "Gradient",
     ]
     charts = {chart["title"]: chart for c in categories for chart in c["chart"]}
     margin = charts["Trace, ± 2 standard errors"]["margin"]["series"][0]
@@ -51,19 +52,23 @@ def test_custom_scalars_show_error_bands(server):
         )
         for pattern in stability["tag"]
     ]
-    assert lines == [["hessian/max_eigenvalue"], ["hessian/two_over_learning_rate"]]
+    assert lines == [["hessian/max_eigenvalue"], ["stability/two_over_learning_rate"]]
     seen = charts["Preconditioned eigenvalue against the stability threshold"]
     assert seen["multiline"]["tag"] == [
-        r"hessian/preconditioned_max_eigenvalue$",
-        r"hessian/stability_threshold$",
+        r"stability/preconditioned_max_eigenvalue$",
+        r"stability/threshold$",
     ]
 
 
 def test_histograms_and_distributions_have_the_counts(server):
     assert set(server.get("plugin/histograms/tags")[RUN]) == {
-        f"diagonal/{layer}" for layer in LAYERS
+        f"{group}/{layer}"
+        for group in (tags.LAYER_HISTOGRAM, tags.GRADIENT_HISTOGRAM)
+        for layer in (*LAYERS, tags.WHOLE_MODEL)
     }
-    points = server.get("plugin/histograms/histograms", run=RUN, tag="diagonal/logits")
+    points = server.get(
+        "plugin/histograms/histograms", run=RUN, tag=f"{tags.LAYER_HISTOGRAM}/logits"
+    )
     assert [step for _, step, _ in points] == list(SERVED_STEPS)
     layer = synthetic_record(0)["layers"][-1]
     bins = np.array(points[0][2])
@@ -71,15 +76,8 @@ def test_histograms_and_distributions_have_the_counts(server):
     # The axis counts decades, and the bins are half a decade wide.
     np.testing.assert_allclose(bins[:, 1] - bins[:, 0], 0.5, rtol=1e-9)
     compressed = server.get(
-        "plugin/distributions/distributions", run=RUN, tag="diagonal/logits"
+        "plugin/distributions/distributions",
+        run=RUN,
+        tag=f"{tags.LAYER_HISTOGRAM}/logits",
     )
     assert len(compressed) == len(SERVED_STEPS)
-
-
-def test_heat_map_is_served_as_a_picture(server):
-    assert list(server.get("plugin/images/tags")[RUN]) == [tags.HEAT_MAP]
-    images = server.get("plugin/images/images", run=RUN, tag=tags.HEAT_MAP, sample=0)
-    assert images[-1]["step"] == SERVED_STEPS[-1]
-    query = dict(part.split("=") for part in images[-1]["query"].split("&"))
-    png = server.get("plugin/images/individualImage", **query)
-    assert png.startswith(b"\x89PNG")

@@ -1,68 +1,71 @@
 """What is in the event files, and what a real TensorBoard makes of it."""
 
-import io
+import json
 import os
 
 import keras
 import numpy as np
 import pytest
 from event_files import event_files, events, read, scalars
-from PIL import Image
 from records import LAYERS, MODE, synthetic_record
+from tensorboard.backend.event_processing import plugin_event_accumulator
 
-from keras_curvature.tensorboard import signed_log, summaries, tags
-from keras_curvature.tensorboard.heat_map import HeatMap
+from keras_curvature.tensorboard import signed_log, tags
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
+FIRST = 10
 GLOBAL = {
     "custom_scalars__config__",
     "hessian/trace",
     "hessian/frobenius_norm",
     "hessian/max_eigenvalue",
-    "hessian/preconditioned_max_eigenvalue",
-    "hessian/stability_threshold",
-    "hessian/two_over_learning_rate",
-    "uncertainty/trace",
-    "uncertainty/frobenius_norm",
-    "uncertainty/max_eigenvalue",
-    "uncertainty/preconditioned_max_eigenvalue",
-    "uncertainty_band/trace_lower",
-    "uncertainty_band/trace_upper",
-    "uncertainty_band/frobenius_norm_lower",
-    "uncertainty_band/frobenius_norm_upper",
-    "uncertainty_band/max_eigenvalue_lower",
-    "uncertainty_band/max_eigenvalue_upper",
+    "hessian/stability_ratio",
+    "stability/preconditioned_max_eigenvalue",
+    "stability/threshold",
+    "stability/two_over_learning_rate",
+    "uncertainty/trace_lower",
+    "uncertainty/trace_upper",
+    "uncertainty/frobenius_norm_lower",
+    "uncertainty/frobenius_norm_upper",
+    "uncertainty/max_eigenvalue_lower",
+    "uncertainty/max_eigenvalue_upper",
     "probe/loss",
     "probe/learning_rate",
+    "probe/gradient_norm",
+    "probe/gradient_noise_scale",
+    "probe/update_ratio",
     "probe/seconds",
     "probe/num_matvecs",
     "probe/overhead",
     "optimizer/clipped_share",
-    "diagonal_heat_map",
-    "curvature_layers",
+    "hessian_diagonal_signed_log10/_whole_model",
+    "loss_gradient_signed_log10/_whole_model",
+    f"curvature_figures/{FIRST}",
+    f"curvature_layers/{FIRST}",
+    "curvature_layer_table",
     "mode",
 }
 FIGURES = (
     "diagonal_mean",
     "diagonal_mean_abs",
     "diagonal_max",
-    "diagonal_min",
     "negative_share",
     "trace",
     "frobenius_share",
+    "gradient_norm",
+    "update_ratio",
 )
-ERRORS = ("diagonal_mean", "trace")
 
 
-def tags_by(kind, histogram, names):
+def tags_by(kind, histograms, names):
     found = {f"{kind}_{figure}/{name}" for figure in FIGURES for name in names}
-    found |= {f"uncertainty_of_{kind}/{f}/{name}" for f in ERRORS for name in names}
-    return found | {f"{histogram}/{name}" for name in names}
+    return found | {f"{group}/{name}" for group in histograms for name in names}
 
 
 PATHS = [f"{layer}/{name}" for layer in LAYERS for name in ("kernel", "bias")]
-BY_LAYER = tags_by("layer", "diagonal", LAYERS)
-BY_VARIABLE = tags_by("variable", "diagonal_of_variable", PATHS)
+HISTOGRAMS = ["hessian_diagonal_signed_log10", "loss_gradient_signed_log10"]
+BY_LAYER = tags_by("layer", HISTOGRAMS, LAYERS)
+BY_VARIABLE = tags_by("variable", ["variable_diagonal_signed_log10"], PATHS)
 
 
 def write(log_dir, *records, **options):
@@ -73,30 +76,100 @@ def write(log_dir, *records, **options):
 
 @pytest.mark.parametrize("per_variable", [False, True])
 def test_the_whole_set_of_tags(tmp_path, per_variable):
-    write(tmp_path, synthetic_record(10), per_variable=per_variable)
+    write(tmp_path, synthetic_record(FIRST), per_variable=per_variable)
     expected = GLOBAL | BY_LAYER | (BY_VARIABLE if per_variable else set())
     assert set(read(tmp_path)) == expected
-    # The groups of the Scalars tab: what is uncertain comes after what is known.
-    groups = {tag.split("/")[0] for tag in expected if "/" in tag}
-    groups = sorted(group for group in groups if not group.startswith("diagonal"))
+    # The groups that TensorBoard's own tabs show, in their order.
+    groups = sorted({tag.split("/")[0] for tag in expected if "/" in tag})
+    groups = [group for group in groups if not group.startswith("curvature_")]
     assert groups[0] == "hessian"
+    assert sorted(tag for tag in expected if tag.startswith("hessian/")) == [
+        "hessian/frobenius_norm",
+        "hessian/max_eigenvalue",
+        "hessian/stability_ratio",
+        "hessian/trace",
+    ]
     assert groups[-1].startswith("variable" if per_variable else "uncertainty")
-    assert len(groups) == (21 if per_variable else 13)
+    assert len(groups) == (24 if per_variable else 15)
 
 
-def test_tags_are_documented():
-    for figure in tags.GLOBAL_FIGURES:
-        assert f"`{figure.key}`" in tags.__doc__
-    for figure in tags.LAYER_FIGURES:
-        assert f"`{figure.key}`" in tags.__doc__
-        assert f"`{figure.of('<layer>')}`" in tags.__doc__
-    for figure in tags.GLOBAL_FIGURES + tags.LAYER_FIGURES + tags.VARIABLE_FIGURES:
-        assert figure.description.endswith(".")
+def many_layers(step, number=40):
+    """A deep model whose curvature moves from its end to its beginning."""
+    first, last = (1.0, 0.0) if step else (0.0, 1.0)
+    layers = [
+        {
+            "name": f"layer{i}",
+            "size": 10,
+            "trace": 1.0,
+            "frobenius_share": first / (i + 1) + last / (number - i),
+            "histogram": {"edges": [-1.0, 0.0, 1.0], "counts": [i, 1]},
+        }
+        for i in range(number)
+    ]
+    return {"step": step, "hessian_trace": 1.0, "layers": layers}
+
+
+@pytest.mark.parametrize("top", [0, 3, 8, None])
+def test_few_layers_have_tags_of_their_own_and_always_the_same(tmp_path, top):
+    write(tmp_path, many_layers(0), many_layers(10), top_layers=top)
+    # Another process goes on with the run.
+    with CurvatureWriter(tmp_path, top_layers=top) as writer:
+        writer.begin(10)
+        writer.write(many_layers(20))
+    found = read(tmp_path)
+    count = 40 if top is None else top
+    last = {f"layer{i}" for i in range(40 - count, 40)}
+    steps = [0, 10, 20]
+    if top == 0:
+        assert not any(tag.startswith("layer_") for tag in found)
+    for group in ("layer_trace", "hessian_diagonal_signed_log10"):
+        of = {
+            tag.partition("/")[2]: list(by_step)
+            for tag, by_step in found.items()
+            if tag.startswith(f"{group}/") and "_whole_model" not in tag
+        }
+        assert of == dict.fromkeys(last, steps)
+    # All of them count in the whole model's histogram, and are on the page.
+    whole = found["hessian_diagonal_signed_log10/_whole_model"][0]
+    assert whole[:, 2].tolist() == [sum(range(40)), 40]
+    for tag, step in (("curvature_layers/0", 10), ("curvature_layers/20", 20)):
+        known = np.isfinite(found[tag][step]).any(axis=0)
+        assert found[tag][step].shape[0] == 40 and known.sum() == 2
+
+
+def test_a_tag_of_the_page_holds_as_many_probes_as_tensorboard_keeps(tmp_path):
+    many = tags.PROBES_PER_TAG
+    steps = [3 * i for i in range(2 * many + 5)]
+    write(tmp_path, *({"step": step, "loss": float(step)} for step in steps))
+    found = read(tmp_path)
+    assert {tag: list(v) for tag, v in found.items() if "curvature_figures" in tag} == {
+        "curvature_figures/0": steps[:many],
+        f"curvature_figures/{3 * many}": steps[many : 2 * many],
+        f"curvature_figures/{6 * many}": steps[2 * many :],
+    }
+    kept = plugin_event_accumulator.DEFAULT_SIZE_GUIDANCE
+    assert many <= kept[plugin_event_accumulator.TENSORS]
+
+
+def test_every_tag_has_a_description(tmp_path):
+    record = synthetic_record(FIRST)
+    record["optimizer"] = {"clipped_share": 0.1, "anything": 2.0}
+    write(tmp_path, record, per_variable=True)
+    (first,) = [
+        event
+        for event in events(*event_files(tmp_path))
+        if event.step == FIRST and len(event.summary.value) > 1
+    ]
+    for value in first.summary.value:
+        if not value.tag.startswith("curvature_"):
+            assert value.metadata.summary_description.endswith("."), value.tag
+        if "signed_log10/" in value.tag:
+            assert "signed logarithmic axis" in value.metadata.summary_description
 
 
 @pytest.mark.parametrize("missing", [None, "absent"])
 def test_what_is_missing_has_no_tag(tmp_path, missing):
-    record = synthetic_record(3)
+    record = synthetic_record(FIRST)
     for key in (
         "learning_rate",
         "two_over_learning_rate",
@@ -106,7 +179,7 @@ def test_what_is_missing_has_no_tag(tmp_path, missing):
     ):
         record[key] = None
     for layer in record["layers"]:
-        layer["diagonal_mean_standard_error"] = None
+        layer["gradient_norm"] = None
         layer["histogram"] = None
         layer["frobenius_share"] = None
     record["optimizer"] = {}
@@ -116,17 +189,16 @@ def test_what_is_missing_has_no_tag(tmp_path, missing):
     write(tmp_path, record)
     gone = {
         "hessian/max_eigenvalue",
-        "hessian/two_over_learning_rate",
-        "uncertainty/trace",
-        "uncertainty/max_eigenvalue",
-        "uncertainty_band/max_eigenvalue_lower",
-        "uncertainty_band/max_eigenvalue_upper",
+        "stability/two_over_learning_rate",
+        "uncertainty/max_eigenvalue_lower",
+        "uncertainty/max_eigenvalue_upper",
         "probe/learning_rate",
         "optimizer/clipped_share",
+        "hessian_diagonal_signed_log10/_whole_model",
     }
-    gone |= {f"uncertainty_of_layer/diagonal_mean/{layer}" for layer in LAYERS}
+    gone |= {f"layer_gradient_norm/{layer}" for layer in LAYERS}
     gone |= {f"layer_frobenius_share/{layer}" for layer in LAYERS}
-    gone |= {f"diagonal/{layer}" for layer in LAYERS}
+    gone |= {f"hessian_diagonal_signed_log10/{layer}" for layer in LAYERS}
     assert set(read(tmp_path)) == (GLOBAL | BY_LAYER) - gone
 
 
@@ -136,7 +208,7 @@ def _present(mapping):
 
 def test_a_record_of_nothing_but_a_step(tmp_path):
     write(tmp_path, {"step": 5})
-    assert set(read(tmp_path)) == {"custom_scalars__config__", "curvature_layers"}
+    assert set(read(tmp_path)) == {"custom_scalars__config__", "curvature_figures/5"}
 
 
 def test_a_record_without_a_step_is_refused(tmp_path):
@@ -157,27 +229,28 @@ def test_values_read_back(tmp_path):
             return found[tag][step]
 
         for figure in tags.GLOBAL_FIGURES:
-            np.testing.assert_allclose(at(figure.tag), record[figure.key], **close)
+            if record[figure.key] is not None:
+                np.testing.assert_allclose(at(figure.tag), record[figure.key], **close)
         for layer in record["layers"]:
             for figure in tags.LAYER_FIGURES:
                 np.testing.assert_allclose(
                     at(figure.of(layer["name"])), layer[figure.key], **close
                 )
         np.testing.assert_allclose(
-            at("hessian/two_over_learning_rate"),
+            at("stability/two_over_learning_rate"),
             record["two_over_learning_rate"],
             **close,
         )
         value, error = record["hessian_trace"], record["hessian_trace_standard_error"]
         np.testing.assert_allclose(
-            at("uncertainty_band/trace_lower"), value - 2 * error, **close
+            at("uncertainty/trace_lower"), value - 2 * error, **close
         )
         np.testing.assert_allclose(
-            at("uncertainty_band/trace_upper"), value + 2 * error, **close
+            at("uncertainty/trace_upper"), value + 2 * error, **close
         )
         bound = record["hessian_max_eigenvalue_error"]
         np.testing.assert_allclose(
-            at("uncertainty_band/max_eigenvalue_upper"),
+            at("uncertainty/max_eigenvalue_upper"),
             record["hessian_max_eigenvalue"] + bound,
             **close,
         )
@@ -189,16 +262,14 @@ def test_an_exact_figure_has_an_error_of_zero(tmp_path):
         tmp_path,
         {"step": 1, "hessian_trace": 3.0, "hessian_trace_standard_error": 0.0},
     )
-    assert scalars(tmp_path, "uncertainty/trace") == {1: 0.0}
-    assert scalars(tmp_path, "uncertainty_band/trace_lower") == {1: 3.0}
+    assert scalars(tmp_path, "uncertainty/trace_lower") == {1: 3.0}
 
 
 def test_a_margin_chart_has_a_margin_where_no_error_is_known(tmp_path):
     record = {"hessian_trace": 3.0, "hessian_trace_standard_error": None}
     write(tmp_path, {"step": 1, **record})
     for end in ("lower", "upper"):
-        assert scalars(tmp_path, f"uncertainty_band/trace_{end}") == {1: 3.0}
-    assert "uncertainty/trace" not in read(tmp_path)
+        assert scalars(tmp_path, f"uncertainty/trace_{end}") == {1: 3.0}
 
 
 def with_histogram(step, edges, counts):
@@ -209,7 +280,7 @@ def with_histogram(step, edges, counts):
 def test_histogram_holds_the_counts_on_the_logarithmic_axis(tmp_path):
     edges = np.array([-1.0, -1e-2, 1e-2, 1.0, 100.0])
     write(tmp_path, with_histogram(4, edges, [0, 7, 2, 0]))
-    table = read(tmp_path)["diagonal/dense"][4]
+    table = read(tmp_path)["hessian_diagonal_signed_log10/dense"][4]
     # The empty bins at both ends are left out.
     places = signed_log.to_axis(edges)
     np.testing.assert_allclose(
@@ -220,7 +291,7 @@ def test_histogram_holds_the_counts_on_the_logarithmic_axis(tmp_path):
 
 def test_an_empty_histogram_keeps_its_bins(tmp_path):
     write(tmp_path, with_histogram(0, [0.0, 1.0, 2.0], [0, 0]))
-    assert read(tmp_path)["diagonal/dense"][0].shape == (2, 3)
+    assert read(tmp_path)["hessian_diagonal_signed_log10/dense"][0].shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +350,7 @@ def test_descriptions_are_written_once(tmp_path):
 def test_layers_are_listed_in_the_order_of_the_model(tmp_path):
     record = synthetic_record(1)
     write(tmp_path, record, synthetic_record(2))
-    listed = read(tmp_path)["curvature_layers"]
+    listed = read(tmp_path)["curvature_layer_table"]
     # Written again only if it changes.
     assert list(listed) == [1]
     assert [name.decode() for name, _ in listed[1]] == list(LAYERS)
@@ -296,42 +367,50 @@ def test_how_the_layers_ran_is_told_when_it_changes(tmp_path):
     }
 
 
-def test_images_grow_with_the_logarithm_of_the_probes_and_end_with_the_last(tmp_path):
-    steps = range(0, 2000, 10)
-    with CurvatureWriter(tmp_path) as writer:
-        for step in steps:
-            layers = [{"name": "dense", "diagonal_mean_abs": 1.0 + step}]
-            writer.write({"step": step, "layers": layers})
-    drawn = sorted(read(tmp_path)["diagonal_heat_map"])
-    assert drawn[:3] == [0, 10, 20]
-    assert drawn[-1] == steps[-1]
-    # 1 + log(200) / log(1.1) is 57; the first ones come one by one.
-    assert len(drawn) < 57
-    width, height, png = read(tmp_path)["diagonal_heat_map"][drawn[-1]]
-    assert Image.open(io.BytesIO(png)).size == (int(width), int(height))
+def test_the_page_gets_every_figure(tmp_path):
+    record = synthetic_record(FIRST) | {
+        "spectral_density": {
+            "grid": [0.0, 1.0, 2.0],
+            "density": [0.5, 0.25, 0.1],
+            "standard_error": None,
+        }
+    }
+    del record["overhead"]
+    write(tmp_path, record, {"step": 20, "loss": 1.0})
+    found = read(tmp_path)
+    keys = {}
+    for event in events(*event_files(tmp_path)):
+        for value in event.summary.value:
+            if value.tag.startswith("curvature_"):
+                content = value.metadata.plugin_data.content
+                keys[value.tag, event.step] = json.loads(content)
+    tag = f"curvature_figures/{FIRST}"
+    named = dict(zip(keys[tag, 10], found[tag][10], strict=True))
+    expected = {f.key for f in tags.GLOBAL_FIGURES} | {*tags.ERROR_KEYS}
+    assert set(named) == expected | {"optimizer/clipped_share"}
+    assert np.isnan(named.pop("overhead"))
+    for key, value in named.items():
+        given = record["optimizer"][key[10:]] if "/" in key else record[key]
+        np.testing.assert_allclose(value, given, rtol=1e-6)
+    tag = f"curvature_layers/{FIRST}"
+    assert keys[tag, 10] == list(tags.LAYER_KEYS)
+    for layer, row in zip(record["layers"], found[tag][10], strict=True):
+        given = [layer[key] for key in keys[tag, 10]]
+        np.testing.assert_allclose(row, given, rtol=1e-6)
+    np.testing.assert_allclose(
+        found[f"curvature_density/{FIRST}"][10],
+        [[0, 1, 2], [0.5, 0.25, 0.1], [0, 0, 0]],
+        rtol=1e-6,
+    )
 
 
-def test_images_hold_every_pixel():
-    heat_map = HeatMap()
-    for step in range(50):
-        heat_map.add(step, {name: 1.0 + step * i for i, name in enumerate(LAYERS)})
-    for pixels in (
-        heat_map.render(),
-        np.random.default_rng(0).integers(0, 256, (7, 13, 3), "uint8"),
-    ):
-        width, height, png = summaries.image("t", pixels).tensor.string_val
-        assert (int(height), int(width), 3) == pixels.shape
-        # Reads the checksums too.
-        Image.open(io.BytesIO(png)).verify()
-        for decoded in decodings(png):
-            np.testing.assert_array_equal(decoded, pixels)
-
-
-def decodings(png):
-    """The pixels as our own encoder's library reads them, and as another one does."""
-    yield np.asarray(Image.open(io.BytesIO(png)))
-    try:
-        import tensorflow as tf
-    except ImportError:
-        return
-    yield tf.io.decode_png(png).numpy()
+def test_other_figures_of_an_optimizer_go_to_another_tag(tmp_path):
+    """TensorBoard knows the metadata of a tag's first tensor only."""
+    told = [{}, {"a": 1.0}, {"a": None}, {"a": 1.0, "b": 2.0}]
+    write(tmp_path, *({"step": i, "optimizer": one} for i, one in enumerate(told)))
+    found = read(tmp_path)
+    assert {tag: list(v) for tag, v in found.items() if "curvature_" in tag} == {
+        "curvature_figures/0": [0],
+        "curvature_figures/1": [1, 2],
+        "curvature_figures/3": [3],
+    }

@@ -1,11 +1,11 @@
 """The server's side of the page: a few routes below `/data/plugin/curvature`."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tensorboard import errors, plugin_util
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
@@ -16,7 +16,9 @@ from keras_curvature.tensorboard.plugin import reading
 
 _STATIC = pathlib.Path(__file__).parent / "static"
 _MIME_TYPES = {".js": "text/javascript", ".css": "text/css"}
-_DEFAULT_DOWNSAMPLING = 500
+# Steps of a run on a screen; the CSV has all of them.
+_MOST_STEPS = 500
+_MOST_PICTURES = 60
 
 
 class CurvaturePlugin(base_plugin.TBPlugin):
@@ -32,11 +34,7 @@ class CurvaturePlugin(base_plugin.TBPlugin):
     plugin_name = tags.PLUGIN_NAME
 
     def __init__(self, context: base_plugin.TBContext) -> None:
-        hints = context.sampling_hints or {}
-        self._reader = reading.Reader(
-            context.data_provider,
-            hints.get(self.plugin_name) or _DEFAULT_DOWNSAMPLING,
-        )
+        self._reader = reading.Reader(context.data_provider)
 
     def is_active(self) -> bool:
         """Whether to show the tab before any data was found that belongs to us.
@@ -61,6 +59,10 @@ class CurvaturePlugin(base_plugin.TBPlugin):
         return routes | {
             "/runs": self._answer(self._runs),
             "/table": self._answer(self._table),
+            "/layers": self._answer(self._layers),
+            "/layer": self._answer(self._layer),
+            "/density": self._answer(self._density),
+            "/histogram": self._answer(self._histogram),
             "/csv": self._answer(self._csv),
         }
 
@@ -78,27 +80,108 @@ class CurvaturePlugin(base_plugin.TBPlugin):
 
     def _runs(self, request: Request, ctx: Any, experiment: str) -> Response:
         runs = self._reader.runs(ctx, experiment)
-        return http_util.Respond(request, {"runs": runs}, "application/json")
+        return _respond(request, {"runs": runs})
 
     def _table(self, request: Request, ctx: Any, experiment: str) -> Response:
-        runs = _wanted_runs(request)
-        table = self._read(ctx, experiment, runs[0])
-        return http_util.Respond(request, dataclasses.asdict(table), "application/json")
+        """A run's global figures, and which others it has."""
+        run = self._reader.run(ctx, experiment, _wanted_runs(request)[0])
+        shown = _shown(request, run)
+        return _respond(
+            request,
+            {
+                "steps": run.steps[shown].tolist(),
+                "num_probes": len(run.steps),
+                "layers": run.layers,
+                "sizes": run.sizes,
+                "figures": {k: reading.plain(v[shown]) for k, v in run.figures.items()},
+                "layer_keys": run.layer_keys,
+                "histograms": run.histograms,
+                "density": run.has_density,
+                "mode": run.mode,
+            },
+        )
+
+    def _layers(self, request: Request, ctx: Any, experiment: str) -> Response:
+        """One figure of a run's layers, `(layers, steps)`, at the table's steps."""
+        name = _wanted_runs(request)[0]
+        run = self._reader.run(ctx, experiment, name)
+        key, rows = request.args.get("figure", ""), None
+        if key in run.layer_keys:
+            values = self._reader.layers(ctx, experiment, name)
+            shown = _shown(request, run)
+            rows = reading.plain(values[shown, :, tags.LAYER_KEYS.index(key)].T)
+        return _respond(request, {"values": rows})
+
+    def _layer(self, request: Request, ctx: Any, experiment: str) -> Response:
+        """All figures of one layer of a run, at the table's steps."""
+        name = _wanted_runs(request)[0]
+        run = self._reader.run(ctx, experiment, name)
+        layer, figures = request.args.get("layer", ""), {}
+        if layer in run.layers:
+            values = self._reader.layers(ctx, experiment, name)
+            shown = _shown(request, run)
+            own = reading.plain(values[shown, run.layers.index(layer)].T)
+            by_key = dict(zip(tags.LAYER_KEYS, own, strict=True))
+            figures = {key: by_key[key] for key in run.layer_keys}
+        return _respond(request, {"figures": figures})
+
+    def _density(self, request: Request, ctx: Any, experiment: str) -> Response:
+        """A run's spectral densities, evenly spaced where there are many."""
+        found = self._reader.density(ctx, experiment, _wanted_runs(request)[0])
+        shown = reading.columns(len(found), _MOST_PICTURES)
+        return _respond(
+            request,
+            [
+                {
+                    "step": found[i][0],
+                    **dict(
+                        zip(
+                            ("grid", "density", "standard_error"),
+                            map(reading.plain, found[i][1]),
+                            strict=True,
+                        )
+                    ),
+                }
+                for i in shown
+            ],
+        )
+
+    def _histogram(self, request: Request, ctx: Any, experiment: str) -> Response:
+        """The histograms of a tag: lower ends, upper ends and counts of their bins."""
+        found = self._reader.histograms(
+            ctx, experiment, _wanted_runs(request)[0], request.args.get("tag", "")
+        )
+        shown = reading.columns(len(found), _MOST_PICTURES)
+        return _respond(
+            request,
+            [{"step": found[i][0], "bins": found[i][1].tolist()} for i in shown],
+        )
 
     def _csv(self, request: Request, ctx: Any, experiment: str) -> Response:
-        runs = _wanted_runs(request)
-        text = reading.to_csv((run, self._read(ctx, experiment, run)) for run in runs)
-        headers = [("Content-Disposition", 'attachment; filename="curvature.csv"')]
-        return http_util.Respond(request, text, "text/csv", headers=headers)
-
-    def _read(self, ctx: Any, experiment: str, run: str) -> reading.Table:
-        table = self._reader.table(ctx, experiment, run)
-        if table is None:
-            raise errors.NotFoundError(
-                f"There is no run with this name that has curvature. "
-                f"Received: run={run!r}"
+        runs = [
+            (
+                run,
+                self._reader.run(ctx, experiment, run),
+                self._reader.layers(ctx, experiment, run),
             )
-        return table
+            for run in _wanted_runs(request)
+        ]
+        headers = {"Content-Disposition": 'attachment; filename="curvature.csv"'}
+        # Sent as it is written: every figure of every probe is much.
+        return Response(reading.to_csv(runs), headers=headers, mimetype="text/csv")
+
+
+def _shown(request: Request, run: reading.Run) -> np.ndarray:
+    """Which probes to show, so that all answers to a page have the same steps.
+
+    A page that read so many probes (`probes`) asks for no others until it reads anew.
+    """
+    count = request.args.get("probes", len(run.steps), type=int)
+    return reading.columns(min(count, len(run.steps)), _MOST_STEPS)
+
+
+def _respond(request: Request, content: Any) -> Response:
+    return http_util.Respond(request, content, "application/json")
 
 
 def _wanted_runs(request: Request) -> list[str]:

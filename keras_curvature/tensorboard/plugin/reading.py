@@ -1,43 +1,68 @@
-"""Reads curvature from TensorBoard's data provider, whichever loader is behind it."""
+"""Reads curvature from TensorBoard's data provider, whichever loader is behind it.
 
+A run is a few tags of ours, each with some dozens of probes; all figures of a probe lie
+in one tensor. So nothing is left out at random, as TensorBoard does it with curves of
+more than a thousand points, and what is too much for a screen is thinned out here, at
+the same steps for all figures.
+"""
+
+import collections
 import csv
 import dataclasses
 import io
-import math
-from collections.abc import Iterable
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
+import numpy as np
+from tensorboard import errors
 from tensorboard.context import RequestContext
-from tensorboard.data.provider import DataProvider, RunTagFilter
-from tensorboard.plugins.scalar.metadata import PLUGIN_NAME as SCALARS
+from tensorboard.data.provider import (
+    DataProvider,
+    RunTagFilter,
+    TensorDatum,
+    TensorTimeSeries,
+)
+from tensorboard.plugins.histogram.metadata import PLUGIN_NAME as HISTOGRAMS
 from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXTS
 
 from keras_curvature.tensorboard import tags
 
-Column = list[float | None]
+# As many answers are kept in memory: figures of the layers take about 20 megabytes for
+# 2,000 probes of a model with 200 layers.
+_KEPT = 64
+_ALL = 10**6
 
-_GLOBAL = {figure.tag: figure.key for figure in tags.GLOBAL_FIGURES}
-_BY_LAYER = [(figure.of(""), figure.key) for figure in tags.LAYER_FIGURES]
+T = TypeVar("T")
+Tags = Mapping[str, TensorTimeSeries]
+Names = tuple[list[str], list[int]]
 
 
 @dataclasses.dataclass
-class Table:
-    """All figures of one run, in columns that belong to the same steps.
+class Run:
+    """A run, but for the figures of its layers.
 
     Attributes:
-        steps: The steps, increasing.
+        steps: The steps of all probes, increasing.
         layers: The layers' names, in the order of the model.
         sizes: The number of parameters of each layer, 0 where it is not known.
-        figures: A column for each global figure; None at a step without a value.
-        layer_figures: For each figure and layer a column.
+        figures: For each global figure its values by step, `(steps,)`, NaN where there
+            is none.
+        layer_keys: The figures of layers that there are.
+        histograms: Tags of the histograms.
+        has_density: Whether there are spectral densities.
         mode: How the layers ran; empty if the run does not tell.
     """
 
-    steps: list[int]
+    steps: np.ndarray
     layers: list[str]
     sizes: list[int]
-    figures: dict[str, Column]
-    layer_figures: dict[str, dict[str, Column]]
-    mode: str = ""
+    figures: dict[str, np.ndarray]
+    layer_keys: list[str]
+    histograms: list[str]
+    has_density: bool
+    mode: str
 
 
 class Reader:
@@ -45,140 +70,276 @@ class Reader:
 
     Args:
         data_provider: TensorBoard's source of data.
-        downsample: At most so many steps of a run are read.
     """
 
-    def __init__(self, data_provider: DataProvider, downsample: int) -> None:
+    def __init__(self, data_provider: DataProvider) -> None:
         self._provider = data_provider
-        self._downsample = downsample
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[Any, tuple[Any, Any]]
+        self._kept = collections.OrderedDict()
 
-    def runs(self, ctx: RequestContext, experiment: str) -> list[dict[str, object]]:
+    def runs(self, ctx: RequestContext, experiment: str) -> list[dict[str, Any]]:
         """Name and last step of each run with curvature in it, sorted by name."""
-        names = sorted(
-            self._provider.list_tensors(
-                ctx, experiment_id=experiment, plugin_name=tags.PLUGIN_NAME
-            )
-        )
-        if not names:
-            return []
-        last = self._provider.read_scalars(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=SCALARS,
-            downsample=1,
-            run_tag_filter=RunTagFilter(runs=names, tags=list(_GLOBAL)),
-        )
         return [
-            {
-                "run": name,
-                "last_step": max(
-                    (series[-1].step for series in last.get(name, {}).values()),
-                    default=None,
-                ),
-            }
-            for name in names
+            {"run": run, "last_step": max(s.max_step for s in known.values())}
+            for run, known in sorted(self._list(ctx, experiment).items())
         ]
 
-    def table(self, ctx: RequestContext, experiment: str, run: str) -> Table | None:
-        """All figures of one run, or None if there is no such run."""
-        layers = self._layers(ctx, experiment, run)
-        if layers is None:
-            return None
-        known = self._provider.list_scalars(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=SCALARS,
-            run_tag_filter=RunTagFilter(runs=[run]),
-        ).get(run, {})
-        wanted = {tag: place for tag in known if (place := _place(tag)) is not None}
-        series = self._provider.read_scalars(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=SCALARS,
-            downsample=self._downsample,
-            run_tag_filter=RunTagFilter(runs=[run], tags=list(wanted)),
-        ).get(run, {})
+    def run(self, ctx: RequestContext, experiment: str, run: str) -> Run:
+        """One run but for its layers' figures.
 
-        steps = sorted({point.step for points in series.values() for point in points})
-        row = {step: i for i, step in enumerate(steps)}
-        table = Table(steps, list(layers), list(layers.values()), {}, {})
-        for tag, points in series.items():
-            figure, layer = wanted[tag]
-            column: Column = [None] * len(steps)
-            for point in points:
-                column[row[point.step]] = _number(point.value)
-            if layer is None:
-                table.figures[figure] = column
-            else:
-                table.layer_figures.setdefault(figure, {})[layer] = column
-        table.mode = self._mode(ctx, experiment, run)
-        return table
+        Raises:
+            NotFoundError: If there is no such run.
+        """
+        return self._once(self._run, ctx, experiment, run)
 
-    def _mode(self, ctx: RequestContext, experiment: str, run: str) -> str:
-        texts = self._provider.read_tensors(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=TEXTS,
-            downsample=1,
-            run_tag_filter=RunTagFilter(runs=[run], tags=[tags.MODE]),
-        )
-        points = texts.get(run, {}).get(tags.MODE)
-        return _text(points[-1].numpy.item()) if points else ""
+    def layers(self, ctx: RequestContext, experiment: str, run: str) -> np.ndarray:
+        """All figures of a run's layers.
 
-    def _layers(
+        Returns:
+            An array `(steps, layers, keys)` with NaN where there is no value; the keys
+            are `tags.LAYER_KEYS`.
+
+        Raises:
+            NotFoundError: If there is no such run.
+        """
+        return self._once(self._layers, ctx, experiment, run)
+
+    def _once(
+        self, read: Callable[..., T], ctx: RequestContext, experiment: str, run: str
+    ) -> T:
+        """What is read of a run, unless it was read and nothing was added since."""
+        known = self._list(ctx, experiment, run).get(run)
+        if known is None:
+            raise errors.NotFoundError(
+                f"There is no run with this name that has curvature. "
+                f"Received: run={run!r}"
+            )
+        state = {tag: (s.max_step, s.max_wall_time) for tag, s in known.items()}
+        key = read, experiment, run
+        with self._lock:
+            if key in self._kept and self._kept[key][0] == state:
+                self._kept.move_to_end(key)
+                kept: T = self._kept[key][1]
+                return kept
+        found = read(ctx, experiment, run, known)
+        with self._lock:
+            self._kept[key] = state, found
+            self._kept.move_to_end(key)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def density(
         self, ctx: RequestContext, experiment: str, run: str
-    ) -> dict[str, int] | None:
-        tables = self._provider.read_tensors(
+    ) -> list[tuple[int, np.ndarray]]:
+        """Steps and spectral densities: eigenvalue, density and error in rows."""
+        known = self._list(ctx, experiment, run).get(run, {})
+        wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_DENSITY}/")]
+        points = self._tensors(ctx, experiment, run, wanted)
+        return sorted(
+            ((p.step, p.numpy) for found in points.values() for p in found),
+            key=lambda pair: pair[0],
+        )
+
+    def histograms(
+        self, ctx: RequestContext, experiment: str, run: str, tag: str
+    ) -> list[tuple[int, np.ndarray]]:
+        """Steps and histograms, in rows of lower end, upper end and count.
+
+        TensorBoard keeps 500 of a tag, or 100 with its fast loader.
+        """
+        found = self._tensors(ctx, experiment, run, [tag], HISTOGRAMS).get(tag, ())
+        return [(point.step, point.numpy) for point in found]
+
+    def _list(
+        self, ctx: RequestContext, experiment: str, run: str | None = None
+    ) -> Mapping[str, Tags]:
+        listed: Mapping[str, Tags] = self._provider.list_tensors(
             ctx,
             experiment_id=experiment,
             plugin_name=tags.PLUGIN_NAME,
-            downsample=1,
-            run_tag_filter=RunTagFilter(runs=[run], tags=[tags.LAYER_TABLE]),
+            run_tag_filter=None if run is None else RunTagFilter(runs=[run]),
         )
-        points = tables.get(run, {}).get(tags.LAYER_TABLE)
-        if not points:
-            return None
-        return {_text(name): int(size) for name, size in points[-1].numpy}
+        return listed
+
+    def _tensors(
+        self,
+        ctx: RequestContext,
+        experiment: str,
+        run: str,
+        wanted: list[str],
+        plugin: str = tags.PLUGIN_NAME,
+        downsample: int = _ALL,
+    ) -> Mapping[str, list[TensorDatum]]:
+        if not wanted:
+            return {}
+        found: Mapping[str, list[TensorDatum]] = self._provider.read_tensors(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=plugin,
+            downsample=downsample,
+            run_tag_filter=RunTagFilter(runs=[run], tags=wanted),
+        ).get(run, {})
+        return found
+
+    def _run(self, ctx: RequestContext, experiment: str, run: str, known: Tags) -> Run:
+        wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_FIGURES}/")]
+        points = self._tensors(ctx, experiment, run, wanted)
+        steps = _steps(points)
+        column = {step: i for i, step in enumerate(steps)}
+        figures: dict[str, np.ndarray] = {}
+        for tag, found in points.items():
+            at = [column[point.step] for point in found]
+            values = np.stack([point.numpy for point in found])
+            keys = json.loads(known[tag].plugin_content)
+            for key, own in zip(keys, values.T, strict=True):
+                empty = np.full(len(steps), np.nan, "f4")
+                figures.setdefault(key, empty)[at] = own
+        tables = self._tables(ctx, experiment, run)
+        names, sizes = tables[-1][1] if tables else ([], [])
+        return Run(
+            np.array(steps, "int64"),
+            names,
+            sizes,
+            {k: v for k, v in figures.items() if np.isfinite(v).any()},
+            self._layer_keys(ctx, experiment, run, known),
+            self._histogram_tags(ctx, experiment, run),
+            any(tag.startswith(f"{tags.PAGE_DENSITY}/") for tag in known),
+            self._mode(ctx, experiment, run),
+        )
+
+    def _layers(
+        self, ctx: RequestContext, experiment: str, run: str, known: Tags
+    ) -> np.ndarray:
+        steps = self.run(ctx, experiment, run).steps.tolist()
+        tables = self._tables(ctx, experiment, run)
+        names, _ = tables[-1][1] if tables else ([], [])
+        shape = len(steps), len(names), len(tags.LAYER_KEYS)
+        values = np.full(shape, np.nan, "f4")
+        place = {step: i for i, step in enumerate(steps)}
+        wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_LAYERS}/")]
+        for tag, found in self._tensors(ctx, experiment, run, wanted).items():
+            keys = json.loads(known[tag].plugin_content)
+            columns = [tags.LAYER_KEYS.index(key) for key in keys]
+            for point in found:
+                own = [table[0] for step, table in tables if step <= point.step]
+                # It may have come after the steps were read, or before its names.
+                if point.step in place and own:
+                    rows = _in_order(point.numpy, own[-1], names)
+                    values[place[point.step]][:, columns] = rows
+        return values
+
+    def _layer_keys(
+        self, ctx: RequestContext, experiment: str, run: str, known: Tags
+    ) -> list[str]:
+        """The figures of layers that a run has, as its last probe shows."""
+        wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_LAYERS}/")]
+        if not wanted:
+            return []
+        tag = max(wanted, key=lambda tag: known[tag].max_step)
+        found = self._tensors(ctx, experiment, run, [tag], downsample=1)
+        keys = json.loads(known[tag].plugin_content)
+        there = np.isfinite(found[tag][-1].numpy).any(axis=0)
+        return [key for key, known in zip(keys, there, strict=True) if known]
+
+    def _tables(
+        self, ctx: RequestContext, experiment: str, run: str
+    ) -> list[tuple[int, Names]]:
+        """Steps, and the layers' names and sizes from there on."""
+        found = self._tensors(ctx, experiment, run, [tags.LAYER_TABLE])
+        return [(p.step, _names(p.numpy)) for p in found.get(tags.LAYER_TABLE, ())]
+
+    def _histogram_tags(
+        self, ctx: RequestContext, experiment: str, run: str
+    ) -> list[str]:
+        known = self._provider.list_tensors(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=HISTOGRAMS,
+            run_tag_filter=RunTagFilter(runs=[run]),
+        ).get(run, {})
+        groups = (f"{tags.LAYER_HISTOGRAM}/", f"{tags.GRADIENT_HISTOGRAM}/")
+        return sorted(tag for tag in known if tag.startswith(groups))
+
+    def _mode(self, ctx: RequestContext, experiment: str, run: str) -> str:
+        points = self._tensors(ctx, experiment, run, [tags.MODE], TEXTS).get(tags.MODE)
+        return _text(points[-1].numpy.item()) if points else ""
 
 
-def to_csv(tables: Iterable[tuple[str, Table]]) -> str:
+def columns(count: int, most: int) -> np.ndarray:
+    """Which of so many steps to show: all, or evenly some, with the first and last.
+
+    Args:
+        count: How many there are.
+        most: How many there is room for, at least two.
+    """
+    if count <= most:
+        return np.arange(count)
+    return np.unique(np.linspace(0, count - 1, most).round().astype("int64"))
+
+
+def plain(values: np.ndarray) -> Any:
+    """An array as lists of numbers of four digits, and None where there is none.
+
+    JSON knows no infinity and no NaN, and a screen shows no more digits.
+    """
+    values = np.asarray(values, "float64")
+    known = np.isfinite(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit = 10.0 ** (3 - np.floor(np.log10(np.abs(values))))
+        # Small numbers divide: multiples of 1e-7 are none in binary.
+        rounded = np.where(unit < 1e15, np.round(values * unit) / unit, values)
+    rounded = np.where(known & (values != 0), rounded, 0.0).astype(object)
+    rounded[~known] = None
+    return rounded.tolist()
+
+
+def to_csv(runs: Iterable[tuple[str, Run, np.ndarray]]) -> Iterator[str]:
     """Runs as one long table, which a spreadsheet or pandas can pivot.
 
     Args:
-        tables: Pairs of a run's name and its table.
+        runs: The name of a run, the run, and its layers' figures.
 
-    Returns:
-        CSV with the columns run, step, layer (empty for global figures), figure, value.
+    Yields:
+        Parts of a CSV with the columns run, step, layer (empty for global figures),
+        figure, value: every figure of every probe.
     """
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["run", "step", "layer", "figure", "value"])
-    for run, table in tables:
-        columns = [("", figure, c) for figure, c in sorted(table.figures.items())]
-        for layer in table.layers:
-            for figure, by_layer in sorted(table.layer_figures.items()):
-                if layer in by_layer:
-                    columns.append((layer, figure, by_layer[layer]))
-        for layer, figure, column in columns:
-            for step, value in zip(table.steps, column, strict=True):
-                if value is not None:
-                    out.writerow([run, step, layer, figure, value])
-    return text.getvalue()
+    yield "run,step,layer,figure,value\n"
+    for name, run, by_layer in runs:
+        columns = [("", key, values) for key, values in sorted(run.figures.items())]
+        for i, layer in enumerate(run.layers):
+            for key in sorted(run.layer_keys):
+                values = by_layer[:, i, tags.LAYER_KEYS.index(key)]
+                columns.append((layer, key, values))
+        steps = run.steps.tolist()
+        for layer, key, values in columns:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(
+                (name, step, layer, key, f"{value:.7g}")
+                for step, value in zip(steps, values.tolist(), strict=True)
+                if value == value and abs(value) != float("inf")
+            )
+            yield text.getvalue()
 
 
-def _place(tag: str) -> tuple[str, str | None] | None:
-    """The figure and the layer a tag belongs to, or None if it is not ours."""
-    if tag in _GLOBAL:
-        return _GLOBAL[tag], None
-    for prefix, key in _BY_LAYER:
-        if tag.startswith(prefix):
-            return key, tag.removeprefix(prefix)
-    return None
+def _steps(points: Mapping[str, list[TensorDatum]]) -> list[int]:
+    return sorted({point.step for found in points.values() for point in found})
 
 
-def _number(value: float) -> float | None:
-    """Seven digits, which is what the files hold; JSON knows no infinity and no NaN."""
-    return float(f"{value:.7g}") if math.isfinite(value) else None
+def _names(table: np.ndarray) -> Names:
+    return [_text(name) for name, _ in table], [int(size) for _, size in table]
+
+
+def _in_order(rows: np.ndarray, own: list[str], names: list[str]) -> np.ndarray:
+    """Rows that belong to some names, in the order of others."""
+    if own == names:
+        return rows
+    place = {name: i for i, name in enumerate(own)}
+    missing = np.full((1, rows.shape[1]), np.nan, rows.dtype)
+    rows = np.concatenate([rows, missing])
+    ordered: np.ndarray = rows[[place.get(name, -1) for name in names]]
+    return ordered
 
 
 def _text(value: bytes | str) -> str:

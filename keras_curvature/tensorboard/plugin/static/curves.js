@@ -1,43 +1,69 @@
 // Curves over steps with error bands.
 
-import {hideTooltip, html, showTooltip, svg} from './elements.js';
+import {CONVERGED} from './data.js';
+import {help, hideTooltip, html, showTooltip, svg} from './elements.js';
 import {formatNumber, formatStep, formatWithError, linearTicks, logTicks} from './format.js';
+import {saveCard} from './picture.js';
 
-const HEIGHT = 220;
+const HEIGHT = 236;
 const MOSTLY = 0.9;
-const MARGIN = {left: 62, right: 14, top: 10, bottom: 26};
+const MARGIN = {left: 66, right: 14, top: 10, bottom: 40};
+let charts = 0;
+
+/** Title, explanation and buttons on top of every pane. */
+export function cardHead(title, text, card) {
+  const button = (kind) => html('button', {
+    class: 'save', type: 'button', title: `Save this pane as ${kind.toUpperCase()}`,
+    onclick: () => saveCard(card(), kind),
+  }, kind.toUpperCase());
+  return html('div', {class: 'card-head'}, title, text ? help(text) : null,
+    html('span', {class: 'saves'}, button('svg'), button('png')));
+}
 
 export class Curves {
-  /** id names the chart in the document; onStep(step or null) follows the pointer. */
-  constructor({id, onStep}) {
-    this.onStep = onStep;
+  /**
+   * id names the chart in the document; onStep(step or null) follows the pointer;
+   * onZoom([first, last] or null) asks for other steps; text explains the figure.
+   */
+  constructor({id, text, onStep, onZoom}) {
+    Object.assign(this, {onStep, onZoom});
     this.title = html('h3', {});
     this.key = html('div', {class: 'key'});
     // The pictures come and go, the pointer stays: it is followed here.
     this.plot = html('div', {
-      class: 'plot',
+      class: 'plot', tabindex: 0, role: 'group',
       onpointermove: (event) => this.hover(event),
       onpointerleave: () => this.leave(),
+      onpointerdown: (event) => this.grab(event),
+      onpointerup: (event) => this.release(event),
+      ondblclick: () => this.onZoom(null),
+      onkeydown: (event) => this.press(event),
+      onblur: () => this.leave(),
     });
     this.markedStep = null;
     this.note = html('p', {class: 'note'});
+    this.clip = `clip-${charts++}`;
     this.node = html(
       'section', {class: 'card chart', 'data-chart': id},
-      this.title, this.key, this.plot, this.note);
+      cardHead(this.title, text, () => this.node), this.key, this.plot, this.note);
     new ResizeObserver(() => this.draw()).observe(this.plot);
   }
 
   /**
-   * series: [{run, name, colour, dashed, meaning, steps, values, errors, factor}], the band
-   * being value ∓ factor × error, and `meaning` what the dashed lines of all runs are.
+   * series: [{run, name, colour, dashed, meaning, steps, values, errors, factor, bound}], the
+   * band being value ∓ factor × error, a point hollow where `bound` and its error is large,
+   * and `meaning` what the dashed lines of all runs are.
    * limit: {value, meaning} draws one dashed line for all runs. An empty list of series
-   * shows the note `absent` instead.
+   * shows the note `absent` instead. zoom: the steps to show, or null for all.
    */
-  update({title, series, logarithmic, bands, format, absent, limit}) {
-    Object.assign(this, {series, bands, format: format ?? formatNumber, absent, limit});
+  update({title, axis, series, logarithmic, bands, smoothing, format, absent, limit, zoom}) {
+    Object.assign(this, {bands, axis, absent, limit, zoom, format: format ?? formatNumber});
+    this.series = series.map((line) => ({...line, shown: smoothed(line, smoothing)}));
     this.title.textContent = title;
+    this.plot.setAttribute('aria-label', `${title}. Arrow keys go from step to step.`);
     // A first guess of an eigenvalue may be negative; a few such points leave the picture.
     const known = series.flatMap((line) => line.values).filter((value) => value !== null);
+    this.zero = known.length > 0 && known.every((value) => value === 0);
     this.logarithmic = logarithmic &&
       known.filter((value) => value > 0).length >= MOSTLY * known.length;
     this.key.replaceChildren(...keyEntries(series, limit));
@@ -45,58 +71,85 @@ export class Curves {
   }
 
   draw() {
-    const width = this.plot.clientWidth;
-    if (!this.series || width < 120) return;
-    this.note.textContent = this.series.length ? '' : this.absent;
-    this.note.hidden = this.series.length > 0;
-    this.plot.hidden = this.series.length === 0;
-    if (!this.series.length) return;
+    if (!this.series) return;
+    const empty = this.series.length === 0;
+    this.note.textContent = empty ? this.absent : 'All values are zero.';
+    this.note.hidden = !empty && !this.zero;
+    this.note.classList.toggle('over', this.zero);
+    this.plot.hidden = empty;
+    const width = this.plot.clientWidth;  // Of what is hidden it is zero.
+    if (empty || width < 120) return;
 
     this.scales(width);
     const {x, y} = this;
+    const [right, bottom] = [width - MARGIN.right, HEIGHT - MARGIN.bottom];
     const picture = svg('svg', {
       width, height: HEIGHT, role: 'img', 'aria-label': this.title.textContent});
+    picture.append(svg('clipPath', {id: this.clip}, svg('rect', {
+      x: MARGIN.left, y: MARGIN.top - 4, width: right - MARGIN.left,
+      height: bottom - MARGIN.top + 8})));
     for (const tick of this.yTicks) {
       const at = y(tick);
       picture.append(
-        svg('line', {class: 'grid', x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at}),
+        svg('line', {class: 'grid', x1: MARGIN.left, x2: right, y1: at, y2: at}),
         svg('text', {class: 'tick', x: MARGIN.left - 8, y: at + 4, 'text-anchor': 'end'},
           this.format(tick)));
     }
     for (const tick of linearTicks(...this.xRange, Math.max(2, Math.floor(width / 110)))) {
       picture.append(svg(
-        'text', {class: 'tick', x: x(tick), y: HEIGHT - 8, 'text-anchor': 'middle'},
+        'text', {class: 'tick', x: x(tick), y: bottom + 16, 'text-anchor': 'middle'},
         formatStep(tick)));
     }
+    const middle = (MARGIN.top + bottom) / 2;
+    picture.append(
+      svg('text', {class: 'axis', x: (MARGIN.left + right) / 2, y: HEIGHT - 6,
+                   'text-anchor': 'middle'}, 'step of training'),
+      svg('text', {class: 'axis', x: 12, y: middle, 'text-anchor': 'middle',
+                   transform: `rotate(-90 12 ${middle})`},
+        this.axis + (this.logarithmic ? ' (logarithmic)' : '')));
+    const inside = svg('g', {'clip-path': `url(#${this.clip})`});
+    picture.append(inside);
     if (this.limit) {
       const at = y(this.limit.value);
-      picture.append(svg('line', {
-        class: 'limit', x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at}));
+      inside.append(svg('line', {
+        class: 'limit', x1: MARGIN.left, x2: right, y1: at, y2: at}));
     }
     for (const line of this.series) {
       if (this.bands && line.errors) {
-        picture.append(svg('path', {
+        inside.append(svg('path', {
           class: 'band', d: this.band(line), fill: line.colour, 'data-run': line.run}));
       }
     }
     for (const line of this.series) {
-      picture.append(svg('path', {
-        class: 'line', d: this.path(line), stroke: line.colour, 'data-run': line.run,
-        'data-name': line.name, 'stroke-dasharray': line.dashed ? '6 4' : null}));
+      if (line.shown !== line.values) {
+        inside.append(svg('path', {
+          class: 'raw', d: this.path(line, line.values), stroke: line.colour}));
+      }
+      inside.append(svg('path', {
+        class: 'line', d: this.path(line, line.shown), stroke: line.colour,
+        'data-run': line.run, 'data-name': line.name, 'stroke-dasharray': dashes(line)}));
       const alone = line.values.filter((value) => value !== null).length === 1;
-      if (alone) picture.append(...this.dots(line, (i) => line.values[i] !== null));
+      if (alone) inside.append(...this.dots(line, (i) => line.values[i] !== null));
+      if (line.bound) {
+        inside.append(...this.dots(line, (i) => isRough(line, i) && this.visible(line.values[i]),
+          'dot hollow'));
+      }
     }
+    this.selection = svg('rect', {class: 'selection', y: MARGIN.top, height: bottom - MARGIN.top});
     this.marker = svg('g', {class: 'marker'});
-    picture.append(this.marker);
+    picture.append(this.selection, this.marker);
     this.plot.replaceChildren(picture);
     this.mark(this.markedStep);
   }
 
   scales(width) {
     const steps = this.series.flatMap((line) => [line.steps[0], line.steps.at(-1)]);
-    const ends = this.series.flatMap((line) => extremes(line, this.bands, this.logarithmic));
+    const [first, last] = this.zoom ?? [Math.min(...steps), Math.max(...steps)];
+    this.xRange = [first, Math.max(last, first + 1)];
+    // By the values: a band may be as wide as it likes, it ends with the picture.
+    const ends = this.series.flatMap((line) => this.extremes(line));
     if (this.limit) ends.push(this.limit.value);
-    let [low, high] = [Math.min(...ends), Math.max(...ends)];
+    let [low, high] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
     if (this.logarithmic) {
       if (high / low < 1.5) [low, high] = [low / 1.3, high * 1.3];
       const padding = (high / low) ** 0.06;
@@ -107,27 +160,36 @@ export class Curves {
       const nearZero = low >= 0 && low < 0.3 * high;
       [low, high] = [nearZero ? 0 : low - padding, high + padding];
     }
-    const first = Math.min(...steps);
-    const last = Math.max(...steps, first + 1);
-    this.xRange = [first, last];
     const across = width - MARGIN.left - MARGIN.right;
     const down = HEIGHT - MARGIN.top - MARGIN.bottom;
-    this.x = (step) => MARGIN.left + ((step - first) / (last - first)) * across;
+    const span = this.xRange[1] - first;
+    this.x = (step) => MARGIN.left + ((step - first) / span) * across;
     const place = this.logarithmic
-      ? (value) => Math.log(Math.max(value, low) / low) / Math.log(high / low)
+      ? (value) => Math.log(Math.max(value, low / 10) / low) / Math.log(high / low)
       : (value) => (value - low) / (high - low);
     this.y = (value) => MARGIN.top + (1 - place(value)) * down;
     this.yTicks = this.logarithmic ? logTicks(low, high, 6) : linearTicks(low, high, 5);
+  }
+
+  /** Of the values in sight that have converged; of all where none has. */
+  extremes(line) {
+    const [first, last] = this.xRange;
+    const inSight = (i) => this.visible(line.shown[i]) &&
+      line.steps[i] >= first && line.steps[i] <= last;
+    const places = [...line.shown.keys()].filter(inSight);
+    const good = places.filter((i) => !isRough(line, i));
+    const values = (good.length ? good : places).map((i) => line.shown[i]);
+    return values.length ? [Math.min(...values), Math.max(...values)] : [];
   }
 
   visible(value) {
     return value !== null && !(this.logarithmic && value <= 0);
   }
 
-  path(line) {
+  path(line, values) {
     let pen = 'M';
     let d = '';
-    line.values.forEach((value, i) => {
+    values.forEach((value, i) => {
       if (!this.visible(value)) return;
       d += `${pen}${this.x(line.steps[i]).toFixed(1)},${this.y(value).toFixed(1)}`;
       pen = 'L';
@@ -140,7 +202,7 @@ export class Curves {
     const lower = [];
     line.values.forEach((value, i) => {
       const error = line.errors[i];
-      if (!this.visible(value) || error === null) return;
+      if (!this.visible(value) || error === null || error === undefined) return;
       const at = this.x(line.steps[i]).toFixed(1);
       upper.push(`${at},${this.y(value + line.factor * error).toFixed(1)}`);
       lower.unshift(`${at},${this.y(value - line.factor * error).toFixed(1)}`);
@@ -148,10 +210,10 @@ export class Curves {
     return upper.length ? `M${upper.join('L')}L${lower.join('L')}Z` : '';
   }
 
-  dots(line, wanted) {
+  dots(line, wanted, kind = 'dot') {
     return line.steps.flatMap((step, i) => wanted(i)
-      ? [svg('circle', {class: 'dot', cx: this.x(step), cy: this.y(line.values[i]), r: 3.5,
-                        fill: line.colour})]
+      ? [svg('circle', {class: kind, cx: this.x(step), cy: this.y(line.shown[i]), r: 3.5,
+                        fill: line.colour, stroke: line.colour})]
       : []);
   }
 
@@ -162,20 +224,38 @@ export class Curves {
     this.marker.replaceChildren();
     if (step === null || !this.series.length) return;
     const at = this.x(step);
+    if (at < MARGIN.left - 1) return;
     this.marker.append(svg('line', {
       class: 'cursor', x1: at, x2: at, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom}));
     for (const line of this.series) {
       const i = nearest(line, step);
-      this.marker.append(...this.dots(line, (k) => k === i));
+      if (i >= 0 && this.visible(line.shown[i])) {
+        this.marker.append(...this.dots({...line, steps: [line.steps[i]],
+          shown: [line.shown[i]]}, () => true));
+      }
     }
+  }
+
+  stepAt(event) {
+    const box = this.plot.getBoundingClientRect();
+    const [first, last] = this.xRange;
+    const across = box.width - MARGIN.left - MARGIN.right;
+    const place = (event.clientX - box.left - MARGIN.left) / across;
+    return first + Math.min(Math.max(place, 0), 1) * (last - first);
   }
 
   hover(event) {
     if (!this.series?.length || !this.xRange) return;
-    const box = this.plot.getBoundingClientRect();
-    const [first, last] = this.xRange;
-    const across = box.width - MARGIN.left - MARGIN.right;
-    const wanted = first + ((event.clientX - box.left - MARGIN.left) / across) * (last - first);
+    const wanted = this.stepAt(event);
+    if (this.grabbed !== undefined) {
+      const [a, b] = [this.x(this.grabbed), this.x(wanted)];
+      this.selection.setAttribute('x', Math.min(a, b));
+      this.selection.setAttribute('width', Math.abs(b - a));
+    }
+    this.describe(wanted, event);
+  }
+
+  describe(wanted, event) {
     const found = this.series
       .map((line) => ({line, i: nearest(line, wanted)}))
       .filter(({i}) => i >= 0);
@@ -187,22 +267,76 @@ export class Curves {
       html('strong', {}, `step ${formatStep(at)}`),
       ...found.map(({line, i}) => html(
         'div', {class: 'key-entry'}, sample(line),
-        html('span', {}, `${line.name}: `, html('b', {}, this.describe(line, i)),
+        html('span', {}, `${line.name}: `, html('b', {}, this.valueOf(line, i)),
           line.steps[i] === at ? null : ` (step ${formatStep(line.steps[i])})`))),
     ]);
     this.onStep(at);
   }
 
-  describe(line, i) {
+  valueOf(line, i) {
     const error = line.errors?.[i];
     const band = error === null || error === undefined ? null : line.factor * error;
-    return formatWithError(line.values[i], band, this.format);
+    const rough = isRough(line, i) ? ', not converged' : '';
+    return formatWithError(line.values[i], band, this.format) + rough;
+  }
+
+  grab(event) {
+    if (event.button !== 0 || !this.xRange) return;
+    this.grabbed = this.stepAt(event);
+    this.plot.setPointerCapture?.(event.pointerId);
+  }
+
+  release(event) {
+    if (this.grabbed === undefined) return;
+    const ends = [this.grabbed, this.stepAt(event)].sort((a, b) => a - b).map(Math.round);
+    this.grabbed = undefined;
+    this.selection?.setAttribute('width', 0);
+    const far = this.x(ends[1]) - this.x(ends[0]) > 8;
+    if (far && ends[1] > ends[0]) this.onZoom(ends);
+  }
+
+  press(event) {
+    if (event.key === 'Escape') {
+      this.leave();
+      this.onZoom(null);
+    }
+    const direction = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!direction || !this.series?.length) return;
+    event.preventDefault();
+    const [first, last] = this.xRange;
+    const steps = [...new Set(this.series.flatMap((line) => line.steps))]
+      .filter((step) => step >= first && step <= last).sort((a, b) => a - b);
+    const now = steps.indexOf(this.markedStep);
+    const next = now < 0 ? (direction > 0 ? 0 : steps.length - 1) : now + direction;
+    const at = steps[Math.min(Math.max(next, 0), steps.length - 1)];
+    const box = this.plot.getBoundingClientRect();
+    this.describe(at, {clientX: box.left + this.x(at), clientY: box.top + MARGIN.top});
   }
 
   leave() {
     hideTooltip();
     this.onStep(null);
   }
+}
+
+/** Whether a value's bound is too wide to rely on it. */
+function isRough(line, i) {
+  const error = line.errors?.[i];
+  if (!line.bound || error === null || error === undefined || line.values[i] === null) {
+    return false;
+  }
+  return error > CONVERGED * Math.abs(line.values[i]);
+}
+
+/** An average of the values before, each of them counting less. */
+function smoothed(line, weight) {
+  if (!(weight > 0) || line.dashed) return line.values;
+  let [sum, total] = [0, 0];
+  return line.values.map((value) => {
+    if (value === null) return null;
+    [sum, total] = [weight * sum + value, weight * total + 1];
+    return sum / total;
+  });
 }
 
 /** One entry for each run, and one for what all dashed lines have in common. */
@@ -216,10 +350,15 @@ function keyEntries(series, limit) {
     ([line, name]) => html('span', {class: 'key-entry'}, sample(line), name));
 }
 
+/** Runs beyond the colours are told apart by their strokes. */
+function dashes(line) {
+  return line.dashed ? '6 4' : [null, '12 3', '2 3'][line.stroke ?? 0];
+}
+
 function sample(line) {
   return svg('svg', {class: 'sample', width: 18, height: 8}, svg('line', {
     x1: 1, x2: 17, y1: 4, y2: 4, stroke: line.colour, 'stroke-width': 2.5,
-    'stroke-dasharray': line.dashed ? '4 3' : null}));
+    'stroke-dasharray': line.dashed ? '4 3' : dashes(line)}));
 }
 
 function nearest(line, step) {
@@ -229,19 +368,4 @@ function nearest(line, step) {
     if (best < 0 || Math.abs(candidate - step) < Math.abs(line.steps[best] - step)) best = i;
   });
   return best;
-}
-
-function extremes(line, bands, logarithmic) {
-  const found = [];
-  line.values.forEach((value, i) => {
-    if (value === null || (logarithmic && value <= 0)) return;
-    found.push(value);
-    const error = bands && line.errors ? line.errors[i] : null;
-    if (error === null) return;
-    found.push(value + line.factor * error);
-    // A band that reaches below zero has no place on a logarithmic axis.
-    const lower = value - line.factor * error;
-    if (!logarithmic || lower > 0.2 * value) found.push(lower);
-  });
-  return found;
 }

@@ -3,26 +3,36 @@
 /**
  * Figures of a layer, for the heat map and the layer's curve.
  * scale: "log" for curvature, whose sign is marked; "share" for 0 to 1.
+ * together: how the figures of several layers make one of a group.
  */
 export const FIGURES = [
   {key: 'diagonal_mean', label: 'Mean', scale: 'log', error: 'diagonal_mean_standard_error',
-   says: 'mean curvature', title: 'Mean of the Hessian’s diagonal'},
-  {key: 'diagonal_mean_abs', label: 'Mean absolute', scale: 'log',
+   together: 'mean', says: 'mean curvature', title: 'Mean of the Hessian’s diagonal'},
+  {key: 'diagonal_mean_abs', label: 'Mean absolute', scale: 'log', together: 'mean',
    says: 'mean absolute curvature', title: 'Mean absolute value of the Hessian’s diagonal'},
-  {key: 'diagonal_max', label: 'Maximum', scale: 'log',
+  {key: 'diagonal_max', label: 'Maximum', scale: 'log', together: 'max',
    says: 'largest curvature', title: 'Maximum of the Hessian’s diagonal'},
-  {key: 'negative_share', label: 'Share negative', scale: 'share',
+  {key: 'negative_share', label: 'Share negative', scale: 'share', together: 'mean',
    says: 'share of negative curvature',
    title: 'Share of negative entries in the Hessian’s diagonal'},
   {key: 'trace', label: 'Trace', scale: 'log', error: 'trace_standard_error',
-   says: 'trace', title: 'Sum of the Hessian’s diagonal'},
-  {key: 'frobenius_share', label: 'Share of ‖H‖²', scale: 'share',
+   together: 'sum', says: 'trace', title: 'Sum of the Hessian’s diagonal'},
+  {key: 'frobenius_share', label: 'Share of ‖H‖²', scale: 'share', together: 'sum',
    says: 'share of the squared Frobenius norm',
    title: 'Share of the Hessian’s squared Frobenius norm'},
+  {key: 'gradient_norm', label: 'Gradient norm', scale: 'log', together: 'norm',
+   says: 'norm of the gradient', title: 'Norm of the gradient'},
+  {key: 'update_ratio', label: 'Update / weights', scale: 'log', together: 'max',
+   says: 'change of its weights in a step',
+   title: 'Change of the weights in a step over their norm'},
 ];
 
-function address(route) {
-  return new URL(route, import.meta.url);
+function address(route, query = {}) {
+  const url = new URL(route, import.meta.url);
+  for (const [name, values] of Object.entries(query)) {
+    for (const value of [values].flat()) url.searchParams.append(name, value);
+  }
+  return url;
 }
 
 async function get(url) {
@@ -36,15 +46,29 @@ export async function fetchRuns() {
 }
 
 export function fetchTable(run) {
-  const url = address('table');
-  url.searchParams.append('run', run);
-  return get(url);
+  return get(address('table', {run}));
+}
+
+/** One figure of all layers, rows of layers, at the steps of a table; null if unknown. */
+export async function fetchLayers(run, figure, {num_probes: probes}) {
+  return (await get(address('layers', {run, figure, probes}))).values;
+}
+
+/** All figures of one layer, at the steps of a table. */
+export async function fetchLayer(run, layer, {num_probes: probes}) {
+  return (await get(address('layer', {run, layer, probes}))).figures;
+}
+
+export function fetchDensity(run) {
+  return get(address('density', {run}));
+}
+
+export function fetchHistogram(run, tag) {
+  return get(address('histogram', {run, tag}));
 }
 
 export function csvAddress(runs) {
-  const url = address('csv');
-  for (const run of runs) url.searchParams.append('run', run);
-  return url.href;
+  return address('csv', {run: runs}).href;
 }
 
 export function styleAddress() {
@@ -64,6 +88,14 @@ export function firstOf(column) {
   const at = column ? column.findIndex((value) => value !== null) : -1;
   return at < 0 ? null : {at, value: column[at]};
 }
+
+export function median(column) {
+  const known = (column ?? []).filter((value) => value !== null).sort((a, b) => a - b);
+  return known.length ? known[known.length >> 1] : null;
+}
+
+/** An eigenvalue has converged when its bound is no more than this share of it. */
+export const CONVERGED = 0.25;
 
 /**
  * How near a run is to the edge of stability, or null: the largest curvature that its

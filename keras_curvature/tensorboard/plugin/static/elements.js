@@ -20,6 +20,18 @@ export function svg(tag, attributes, ...children) {
   return filled(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** A mark that explains something while it is pointed at or focused. */
+export function help(text) {
+  const show = (event) => {
+    const box = event.target.getBoundingClientRect();
+    showTooltip({clientX: box.right, clientY: box.top}, [text]);
+  };
+  return html('button', {
+    class: 'help', type: 'button', 'aria-label': `What is this? ${text}`,
+    onpointerenter: show, onfocus: show, onpointerleave: hideTooltip, onblur: hideTooltip,
+  }, '?');
+}
+
 let tooltip = null;
 
 /** Shows lines of text beside the pointer. Each line is a string or a node. */

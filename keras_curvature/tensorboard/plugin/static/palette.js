@@ -6,12 +6,16 @@ const VIRIDIS = [
   [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
 ];
 
-/** The colour at a place between 0 and 1. */
-export function viridis(place) {
+/** Red, green and blue at a place between 0 and 1. */
+export function viridisParts(place) {
   const at = Math.min(Math.max(place, 0), 1) * (VIRIDIS.length - 1);
   const i = Math.min(Math.floor(at), VIRIDIS.length - 2);
-  const mix = VIRIDIS[i].map((c, k) => Math.round(c + (at - i) * (VIRIDIS[i + 1][k] - c)));
-  return `rgb(${mix.join(',')})`;
+  return VIRIDIS[i].map((c, k) => Math.round(c + (at - i) * (VIRIDIS[i + 1][k] - c)));
+}
+
+/** The colour at a place between 0 and 1. */
+export function viridis(place) {
+  return `rgb(${viridisParts(place).join(',')})`;
 }
 
 // After Okabe and Ito, darker on white and lighter on grey.
@@ -24,4 +28,9 @@ const RUNS = {
 export function runColour(number) {
   const colours = RUNS[document.documentElement.dataset.theme] ?? RUNS.light;
   return colours[number % colours.length];
+}
+
+/** Which of three strokes: the colours come again after eight runs. */
+export function runStroke(number) {
+  return Math.floor(number / RUNS.light.length) % 3;
 }
