@@ -17,6 +17,7 @@ __all__ = [
     "hessian_spectral_density",
     "hessian_trace",
     "register_layer_rule",
+    "suggest_learning_rate",
 ]
 
 try:
@@ -29,6 +30,7 @@ try:
     from keras_curvature.callbacks import CurvatureFeed, CurvatureMonitor
     from keras_curvature.estimators import Estimate
     from keras_curvature.layerwise.rules import LayerRule, register_layer_rule
+    from keras_curvature.learning_rate import suggest_learning_rate
     from keras_curvature.operators import HessianOperator
     from keras_curvature.optimizers import DiagonalNewton
     from keras_curvature.report import curvature_summary
