@@ -188,16 +188,16 @@ def suggestion(operator: HessianOperator, largest: _Largest) -> LearningRate:
     suggested = 1 / (gain * (value + bound))
     steps = "a step of 1 / λ takes"
     if gain > 1:
-        steps = f"steps of 1 / ({number(gain)} λ), which momentum adds up, take"
+        steps = f"steps of 1 / ({gain:.3g} λ), which momentum adds up, take"
     reason = (
         f"λ = {with_error(value, bound)} is the largest eigenvalue of {matrix}: {steps}"
         " its direction to the minimum. "
-        f"{name} turns unstable at {number(product)} / λ = {number(limit)}."
+        f"{name} turns unstable at {product:.3g} / λ = {number(limit)}."
     )
     rate = rate_of(one)
     if rate:
         reason += (
-            f" The rate now, {number(rate)}, is at {number(100 * rate / limit, 2)}% of "
+            f" The rate now, {rate:.3g}, is at {number(100 * rate / limit, 2)}% of "
             "the limit"
         )
         # At the edge of stability it is λ that has followed the rate.

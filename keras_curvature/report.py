@@ -42,8 +42,9 @@ def curvature_summary(
     what is left couples it with other layers.
 
     The table fits the console it is printed on. It begins with the layers that have
-    most of the trace; where it is narrow, columns are left out and names lose their
-    beginnings. Below it stands a learning rate, as `suggest_learning_rate` gives it.
+    most of the squared norm; where it is narrow, columns are left out and names lose
+    their beginnings. Below it stands a learning rate, as `suggest_learning_rate` gives
+    it.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.

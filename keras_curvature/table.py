@@ -24,7 +24,7 @@ _HEADINGS = {
 
 #: What is left out when there is no room, from the first to the last. "±" are the
 #: standard errors. The trace is the mean times the number of parameters.
-_DISPENSABLE = ("trace", "negative", "own", "max", "±", "params", "of norm", "mean")
+_DISPENSABLE = ("trace", "negative", "own", "max", "±", "params", "of trace", "mean")
 
 #: Names are not made shorter than this for the sake of a column, nor are columns left
 #: out for names longer than this share of the width.
@@ -32,7 +32,7 @@ _LEAST, _SHARE = 24, 0.45
 
 
 def table_of(layers, trace, top, width):
-    """A table of layers, by their share of the trace.
+    """A table of layers, by their share of the squared norm.
 
     Args:
         layers: list of dictionaries, from `record.layer_figures`.
@@ -43,7 +43,8 @@ def table_of(layers, trace, top, width):
     Returns:
         A `rich.table.Table`.
     """
-    order = sorted(layers, key=lambda layer: -abs(layer["trace"]))
+    # Traces may cancel, and their shares be anything.
+    order = sorted(layers, key=lambda layer: -layer["frobenius_share"])
     shown, rest = order, []
     # A line for a single one may as well be its own.
     if top is not None and len(order) > top + 1:

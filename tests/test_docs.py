@@ -39,7 +39,7 @@ def test_the_notebook_runs(elsewhere, capsys):
         exec(compile(source, f"tour.ipynb, cell {number}", "exec"), names)
     matplotlib.pyplot.close("all")
     said = capsys.readouterr().out
-    assert "SGD turns unstable at 3.80 / λ" in said
+    assert "SGD turns unstable at 3.8 / λ" in said
     assert "Curvature of the training loss" in said
     # As the text says: the loss falls, and the valley gets several times as narrow.
     probes = names["monitor"].history

@@ -84,8 +84,8 @@ def test_it_is_a_newton_step_along_the_stiffest_direction(optimizer, product):
     assert found.value <= found.limit / 2
     assert 0 <= found.eigenvalue_bound < 1e-4 * exact and found.num_matvecs == 5
     assert str(found).startswith(f"{number(found.value, 2)}. λ = {number(exact)}")
-    assert f"SGD turns unstable at {number(product)} / λ = " in found.reason
-    assert ("rate now, 0.0100" in found.reason) == (optimizer.learning_rate > 0)
+    assert f"SGD turns unstable at {product} / λ = " in found.reason
+    assert ("rate now, 0.01," in found.reason) == (optimizer.learning_rate > 0)
 
 
 @pytest.mark.parametrize("make", [keras.optimizers.Adam, keras.optimizers.RMSprop])

@@ -22,7 +22,7 @@ EVERY = ("Params", "Mean", "Largest", "< 0", "Trace", "of trace", "‖H‖²", "
 
 
 def layers_of(names, error=0.1):
-    """Figures of all sizes, the later a layer the larger its trace."""
+    """Figures of all sizes, the later a layer the larger its share of the norm."""
     return [
         {
             "name": name,
@@ -33,7 +33,7 @@ def layers_of(names, error=0.1):
             "negative_share": 0.25,
             "trace": (10 ** (i % 7) + i) * 1e-9 * 3**i,
             "trace_standard_error": error and error * 1e-9 * 3**i,
-            "frobenius_share": -0.0001 if i == 0 else 1 / len(names),
+            "frobenius_share": 2 * i / len(names) ** 2 - 1e-4,
             "block_share": 0.5 / len(names),
         }
         for i, name in enumerate(names)
@@ -81,13 +81,13 @@ def test_columns_are_left_out_where_there_is_no_room():
         kept.append([column for column in EVERY if column in heading])
     assert kept[-1] == list(EVERY)
     assert all(set(a) <= set(b) for a, b in zip(kept, kept[1:], strict=False))
-    assert {"Mean", "of trace"} <= set(kept[0]) and len(kept[0]) < len(kept[1])
+    assert {"Mean", "‖H‖²"} <= set(kept[0]) and len(kept[0]) < len(kept[1])
 
 
 def test_begins_with_the_largest_share_and_puts_the_rest_together():
     layers = layers_of(DEEP)
     found = rows(lines(layers, 200, top=5))
-    order = sorted(layers, key=lambda layer: -layer["trace"])
+    order = layers[::-1]
     assert [row[0] for row in found[:5]] == [layer["name"] for layer in order[:5]]
     name, size, mean, largest, negative, trace, *shares = found[5]
     rest = order[5:]
