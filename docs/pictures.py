@@ -175,8 +175,8 @@ def tensorboard(logs):
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield address[0]
     finally:
-        process.terminate()
-        process.wait(timeout=20)
+        process.kill()
+        process.wait()
 
 
 def main():

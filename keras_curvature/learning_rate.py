@@ -11,6 +11,7 @@ from keras_curvature.operators import HessianOperator, PreconditionedOperator
 from keras_curvature.progress import Progress
 from keras_curvature.stability import (
     divides,
+    number_of_steps,
     optimizer_of,
     preconditioner,
     rate_of,
@@ -160,6 +161,8 @@ def suggestion(operator: HessianOperator, largest: _Largest) -> LearningRate:
     matrix = "the Hessian"
     if divides(one):
         diagonal = preconditioner(one, operator)
+        if diagonal is None and number_of_steps(one):
+            return LearningRate(None, f"It is not known what {name} divides by here.")
         if diagonal is None:
             return LearningRate(
                 None,

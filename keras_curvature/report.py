@@ -7,10 +7,12 @@ import rich.console
 
 from keras_curvature import record as records
 from keras_curvature.analysis import diagonal_moments, operator_for, subspace_looks
-from keras_curvature.learning_rate import find_largest, suggestion
+from keras_curvature.learning_rate import LearningRate, find_largest, suggestion
 from keras_curvature.progress import Progress
 from keras_curvature.table import table_of
 from keras_curvature.text import percent, with_error
+
+_SUGGESTED = ("suggested_learning_rate", "learning_rate_reason")
 
 #: Of the eigenvalue that an optimizer sees, for the learning rate.
 TOLERANCE = 0.05
@@ -66,8 +68,8 @@ def curvature_summary(
         last one with the name `"total"` that also holds `hessian_trace`,
         `hessian_frobenius_norm`, `hessian_max_eigenvalue`, their errors,
         `off_diagonal_share` (the share of the squared norm outside of the layers'
-        diagonal blocks), `mode`: how the layers ran, and `learning_rate`: a
-        `LearningRate`, `None` without an optimizer.
+        diagonal blocks), `mode`: how the layers ran, `suggested_learning_rate` and
+        `learning_rate_reason`, the latter `None` without an optimizer.
 
     Raises:
         ValueError: for an unknown method, inconsistent data, or a `top` below one.
@@ -109,9 +111,12 @@ def curvature_summary(
     total["off_diagonal_share"] = 1 - sum(layer["block_share"] for layer in layers)
     errors = [layer["block_share_standard_error"] for layer in layers]
     total["off_diagonal_share_standard_error"] = None if None in errors else sum(errors)
-    total["learning_rate"] = rate
-    products = rate.num_matvecs if rate is not None else 0
-    total["num_matvecs"] = diagonal.num_matvecs + spent + products
+    total["suggested_learning_rate"] = total["learning_rate_reason"] = None
+    total["num_matvecs"] = diagonal.num_matvecs + spent
+    if rate is not None:
+        total["suggested_learning_rate"] = rate.value
+        total["learning_rate_reason"] = rate.reason
+        total["num_matvecs"] += rate.num_matvecs
     summary = CurvatureSummary([*layers, total], printed=print_fn is not False, top=top)
     if print_fn is None:
         print(summary.table())
@@ -189,5 +194,6 @@ def _lines(total):
     yield between + (f" ± {percent(error)}" if error else "")
     if total["mode"]:
         yield f"Layers ran as in {total['mode']}"
-    if total["learning_rate"] is not None:
-        yield f"Learning rate suggested: {total['learning_rate']}"
+    if total["learning_rate_reason"]:
+        rate = LearningRate(*map(total.get, _SUGGESTED))
+        yield f"Learning rate suggested: {rate}"

@@ -39,6 +39,15 @@ def number(scalar: Any) -> Any:
     return ops.convert_to_numpy(scalar + 0)
 
 
+def number_of_steps(optimizer: Any) -> int:
+    """The steps that an optimizer has taken.
+
+    Args:
+        optimizer: a Keras optimizer.
+    """
+    return int(number(optimizer.iterations))
+
+
 def rate_of(optimizer: Any) -> float | None:
     """The learning rate now; `None` if there is none, or several.
 
@@ -72,7 +81,7 @@ def stable_product(optimizer: Any) -> float | None:
     if hasattr(optimizer, "stability_threshold"):
         rate = rate_of(optimizer)
         return rate * float(optimizer.stability_threshold()) if rate else None
-    if _steps_as(optimizer, keras.optimizers.SGD):
+    if _steps_as(optimizer, keras.optimizers.SGD) and optimizer.momentum < 1:
         beta = float(optimizer.momentum)
         return (2 + 2 * beta) / (1 + 2 * beta * bool(optimizer.nesterov))
     if _steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.momentum:
@@ -148,7 +157,7 @@ def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
         none that is known, and before its first step.
     """
     optimizer = single(optimizer)
-    if optimizer is None or not number(optimizer.iterations):
+    if optimizer is None or not number_of_steps(optimizer):
         return None
     variables = optimizer_variables(optimizer)
     if hasattr(optimizer, "preconditioner"):
@@ -171,7 +180,7 @@ def _of_squares(optimizer: Any) -> list[Tensor] | None:
     if not squares:
         return None
     if _steps_as(optimizer, keras.optimizers.Adam) and not optimizer.amsgrad:
-        weights = 1 - optimizer.beta_2 ** int(number(optimizer.iterations))
+        weights = 1 - optimizer.beta_2 ** number_of_steps(optimizer)
     elif _steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.centered:
         weights = 1.0
     else:

@@ -47,7 +47,7 @@ def test_gradient_descent_is_stable_with_it_and_not_with_three_times_as_much(
         model.optimizer.learning_rate = factor * suggested
         losses[factor] = train(model, problem)
     first, last = losses[1][0], losses[1][-1]
-    assert max(losses[1]) == first and last < 0.7 * first
+    assert max(losses[1]) == first and last < 0.8 * first
     assert last <= losses[0.3][-1]
     if not momentum:
         # Beyond the limit the loss rises: of a quadratic without end, while a network
@@ -122,6 +122,7 @@ def test_nothing_is_said_where_nothing_is_known():
     y = PROBLEMS["linear"]
     for optimizer, reason in (
         (keras.optimizers.Adagrad(0.1), "not known where Adagrad turns unstable"),
+        (keras.optimizers.SGD(0.1, momentum=1.0), "not known where SGD"),
         (None, "no optimizer"),
     ):
         model = model_of("linear", "sgd")
@@ -134,6 +135,13 @@ def test_nothing_is_said_where_nothing_is_known():
         lambda p: keras.ops.sum(p**2), np.ones(3, "float32")
     )
     assert "no optimizer" in kc.suggest_learning_rate(function).reason
+
+
+def test_what_an_optimizer_divides_by_may_not_be_known():
+    model = model_of("linear", keras.optimizers.Adam(0.01, amsgrad=True))
+    train(model, "linear", 2)
+    found = kc.suggest_learning_rate(model, X, PROBLEMS["linear"])
+    assert found.value is None and "not known what Adam divides by" in found.reason
 
 
 def test_a_loss_that_curves_up_nowhere_sets_no_limit():

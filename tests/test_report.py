@@ -1,5 +1,7 @@
 """`curvature_summary` against the dense Hessian, and what it prints."""
 
+import json
+
 import cases
 import keras
 import matrices
@@ -81,9 +83,12 @@ def test_the_table(capsys, monkeypatch):
     assert f"Trace: {number(total['hessian_trace'])}" in text
     assert f"Between layers: {percent(total['off_diagonal_share'])} of ‖H‖²" in text
     # Its eigenvalue is the table's own, at no further cost.
-    rate = total["learning_rate"]
-    assert f"Learning rate suggested: {number(rate.value, 2)}." in text
-    assert rate.eigenvalue == total["hessian_max_eigenvalue"] and not rate.num_matvecs
+    rate = total["suggested_learning_rate"]
+    assert f"Learning rate suggested: {number(rate, 2)}. λ = " in text
+    bound = total["hessian_max_eigenvalue"] + total["hessian_max_eigenvalue_error"]
+    np.testing.assert_allclose(rate, 1 / bound, rtol=1e-12)
+    assert total["num_matvecs"] <= 2 * 59 + 64
+    json.dumps([*layers, total])  # Plain numbers and text.
     # No line is cut on a narrow terminal.
     assert max(map(len, lines)) <= 80 and "…" not in text
     kc.curvature_summary(model, **arguments)
@@ -112,13 +117,12 @@ def test_a_learning_rate_for_an_optimizer_that_divides():
     operator = kc.HessianOperator(model, x, y[:, :1])
     alone = kc.suggest_learning_rate(operator)
     summary = kc.curvature_summary(operator, print_fn=False)
-    found = summary[-1]["learning_rate"]
-    np.testing.assert_allclose(found.value, alone.value, rtol=1e-6)
-    assert found.num_matvecs == alone.num_matvecs == 3
+    found = summary[-1]["suggested_learning_rate"]
+    np.testing.assert_allclose(found, alone.value, rtol=1e-6)
     assert "Adam turns unstable at 38 / λ" in " ".join(summary.table().split())
     model.optimizer = None
     summary = kc.curvature_summary(operator, print_fn=False)
-    assert summary[-1]["learning_rate"] is None
+    assert summary[-1]["learning_rate_reason"] is None
     assert "Learning rate" not in summary.table()
 
 
