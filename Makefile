@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Which of Keras' backends the tests run on.
 BACKENDS := tensorflow jax torch
 
-.PHONY: help demo test test-accelerator lint api bench wheel
+.PHONY: help demo test test-accelerator lint api pictures bench wheel
 
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-accelerator   run what needs a GPU or TPU, where there is one"
 	@echo "make lint   check style and types"
 	@echo "make api    write docs/api.md from the docstrings"
+	@echo "make pictures   draw the pictures of the docs that are out of date"
 	@echo "make bench  measure the costs, in gradients"
 	@echo "make wheel  build the wheel, try it in a fresh environment"
 
@@ -58,16 +59,20 @@ lint: $(STAMP)
 api: $(STAMP)
 	$(BIN)/python docs/api.py
 
+# Those that are older than what they show; the page's takes a browser.
+pictures: $(STAMP)
+	$(BIN)/python docs/pictures.py
+
 # The other packages that are measured are large, so they come with this target alone.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[benchmark]'
 	$(BIN)/python benchmarks/run.py
 
 # setuptools would put files left in build/lib from an earlier build into the wheel. The
-# README's example, which the check runs, reads its data from scikit-learn.
+# check runs the README's first example, with nothing installed but what the wheel asks for.
 wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(ls dist/*.whl)[examples]"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet dist/*.whl
 	$(WHEEL_VENV)/bin/python .ci/check_wheel.py

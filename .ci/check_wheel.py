@@ -5,6 +5,7 @@ dependencies and nothing else.
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -37,6 +38,13 @@ def main() -> None:
     # The script's own directory is on the path; the source tree must not be.
     sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != ROOT]
     import keras_curvature
+
+    # What a newcomer does not have must not be what makes the example work.
+    extras = [
+        name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name)
+    ]
+    if extras:
+        fail(f"{extras} are installed, which no dependency of the package asks for.")
 
     place = pathlib.Path(keras_curvature.__file__).resolve()
     if pathlib.Path(sys.prefix).resolve() not in place.parents:

@@ -9,6 +9,7 @@ import re
 
 import keras_curvature as kc
 from keras_curvature import estimators, plots
+from keras_curvature.learning_rate import LearningRate
 
 PAGE = pathlib.Path(__file__).with_name("api.md")
 
@@ -23,11 +24,13 @@ SECTIONS = {
         kc.hessian_spectral_density,
         kc.hessian_matrix,
         kc.curvature_summary,
+        kc.suggest_learning_rate,
     ],
     "What is returned": [
         kc.Estimate,
         estimators.Eigenvalues,
         estimators.SpectralDensity,
+        LearningRate,
     ],
     "The operator": [kc.HessianOperator],
     "Step with it": [kc.DiagonalNewton, kc.CurvatureFeed],

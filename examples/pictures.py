@@ -6,8 +6,8 @@ import pathlib
 IMAGES = pathlib.Path(__file__).resolve().parent.parent / "docs" / "images"
 
 
-def arguments(doc, name):
-    """The command line of an example: nothing but `--picture [PATH]`."""
+def arguments(doc, name, **options):
+    """The command line of an example: `--picture [PATH]`, and options of its own."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
         "--picture",
@@ -16,6 +16,8 @@ def arguments(doc, name):
         const=IMAGES / f"{name}.png",
         help="draws what was found, to docs/images unless a path follows",
     )
+    for option, described in options.items():
+        parser.add_argument(f"--{option}", **described)
     return parser.parse_args()
 
 

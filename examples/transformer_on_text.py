@@ -24,7 +24,14 @@ Usage:
 
     python examples/transformer_on_text.py              # trains and prints
     python examples/transformer_on_text.py --picture    # draws what it saw as well
+    python examples/transformer_on_text.py --text FILE  # reads another text
+
+The text is the beginning of "Coriolanus", which lies beside this file. Another one
+should have some tens of thousands of characters.
 """
+
+import pathlib
+import sys
 
 import keras
 import numpy as np
@@ -33,7 +40,7 @@ from keras import layers
 
 import keras_curvature as kc
 
-URL = "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"
+EXCERPT = pathlib.Path(__file__).with_name("shakespeare.txt")
 LENGTH = 32
 WIDTH = 48
 STEPS = 240
@@ -53,11 +60,14 @@ class Positions(layers.Layer):
         return x + self.table
 
 
-def load_text():
+def load_text(path):
     """Pieces of text as numbers, each with the characters that come next."""
-    path = keras.utils.get_file("shakespeare.txt", URL)
-    with open(path, encoding="utf-8") as file:
-        text = np.array(list(file.read(200_000)))
+    try:
+        text = np.array(list(path.read_text(encoding="utf-8")[:200_000]))
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{path} cannot be read as a text in UTF-8: {error}.")
+    if len(text) <= 10 * LENGTH:
+        sys.exit(f"{path} has {len(text)} characters, too few to learn from.")
     characters, numbers = np.unique(text, return_inverse=True)
     starts = np.random.default_rng(0).integers(len(text) - LENGTH, size=STEPS * BATCH)
     pieces = numbers[starts[:, None] + np.arange(LENGTH + 1)].astype("int32")
@@ -80,9 +90,9 @@ def transformer(num_characters):
     return keras.Model(text, layers.Dense(num_characters, name="logits")(x))
 
 
-def train():
+def train(path):
     """Each piece of text is seen once; the probe is the first of them."""
-    x, y, num_characters = load_text()
+    x, y, num_characters = load_text(path)
     model = transformer(num_characters)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.003), loss)
@@ -146,8 +156,10 @@ def draw(history, eigenvalues, path):
 
 def main():
     """Trains, and prints eigenvalues over the steps and the trace by layer."""
-    arguments = pictures.arguments(__doc__, "transformer_on_text")
-    history, eigenvalues = train()
+    text = {"type": pathlib.Path, "default": EXCERPT, "metavar": "FILE"}
+    text["help"] = "a text to learn, in UTF-8 (default: an excerpt of Shakespeare's)"
+    arguments = pictures.arguments(__doc__, "transformer_on_text", text=text)
+    history, eigenvalues = train(arguments.text)
     print("  step    loss         λ   λ_A / threshold")
     for record, eigenvalue in zip(history, eigenvalues, strict=True):
         seen = record.get("hessian_preconditioned_max_eigenvalue")

@@ -28,6 +28,7 @@ __all__ = [
     "hessian_spectral_density",
     "hessian_trace",
     "register_layer_rule",
+    "suggest_learning_rate",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from keras_curvature.critical import critical_sharpness
     from keras_curvature.estimators import Estimate
     from keras_curvature.layerwise.rules import LayerRule, register_layer_rule
+    from keras_curvature.learning_rate import suggest_learning_rate
     from keras_curvature.operators import HessianOperator
     from keras_curvature.optimizers import DiagonalNewton
     from keras_curvature.report import curvature_summary

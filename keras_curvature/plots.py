@@ -39,6 +39,9 @@ _FIGURES = {
 #: A limit this many times the largest eigenvalue would flatten the curve.
 _FAR = 4
 
+#: More layers than this are drawn in narrower rows.
+_FEW = 16
+
 
 def plot_history(
     monitor_or_history,
@@ -125,7 +128,7 @@ def plot_diagonal(records, ax=None):
             f"`curvature_summary` do. Received: records={records!r}."
         )
     if ax is None:
-        size = (6.4, 1.4 + 0.32 * len(layers))
+        size = (6.4, 1.1 + (0.32 if len(layers) <= _FEW else 0.2) * len(layers))
         ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
     means = np.array([r["diagonal_mean_abs"] for r in layers])
     largest = np.array([r["diagonal_max"] for r in layers])
@@ -150,16 +153,23 @@ def plot_diagonal(records, ax=None):
     ax.set_xscale("log")
     ax.set_xlim(low, max(2 * high, 10 * low))
     ax.set_yticks(rows, [r["name"] for r in layers])
+    if len(layers) > _FEW:
+        ax.tick_params(axis="y", labelsize=8)
     ax.set_ylim(len(layers) - 0.5, -0.5)  # In the order of the model, from above.
     ax.set_xlabel("diagonal of the Hessian, h")
     ax.set_title("Curvature by layer", fontsize=10.5, loc="left")
     _plain(ax)
-    _legend(ax, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=2)
+    # Beside the title: below, its distance would depend on the figure's height.
+    _legend(ax, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=2)
     return ax
 
 
 def plot_spectral_density(density, ax=None, **options):
     """Draws the density of the eigenvalues and a band of two standard errors.
+
+    Marks on the axis show the smallest and the largest eigenvalue that were found (the
+    extreme Ritz values of the Lanczos iterations): there may be a single one, where the
+    density is too low to be seen.
 
     Args:
         density: a `SpectralDensity`, from `hessian_spectral_density`, or the
@@ -179,25 +189,55 @@ def plot_spectral_density(density, ax=None, **options):
         density = types.SimpleNamespace(
             **{k: np.array(v) if isinstance(v, list) else v for k, v in density.items()}
         )
+    shared = bool(ax.lines)
     # The floor is a tenth of what a single eigenvalue looks like.
     floor = 0.1 / density.size / (density.sigma * np.sqrt(2 * np.pi))
     (line,) = ax.plot(density.grid, density.density, **{"color": BLUE, **options})
+    upper = density.density
     if density.standard_error is not None:
+        upper = upper + 2 * density.standard_error
         ax.fill_between(
             density.grid,
             np.maximum(density.density - 2 * density.standard_error, 0.1 * floor),
-            density.density + 2 * density.standard_error,
+            upper,
             color=line.get_color(),
             alpha=0.3,
             linewidth=0,
         )
     # Most eigenvalues of a network are near zero; the interesting ones are few.
     ax.set_yscale("log")
-    ax.set_ylim(bottom=floor)
+    # Its tails, which are anything but zero, would take all of a logarithmic axis.
+    highest = max(3 * np.max(upper), 10 * floor)
+    bottom, top = ax.get_ylim() if shared else (floor, highest)
+    ax.set_ylim(min(bottom, floor), max(top, highest))
+    for extreme in _extremes(density):
+        mark = {"color": line.get_color(), "clip_on": False, "zorder": 3}
+        ax.plot(extreme, 0, "^", transform=ax.get_xaxis_transform(), **mark)
+        ax.annotate(
+            f"{extreme:.3g}",
+            (extreme, 0),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=line.get_color(),
+            bbox={"color": ax.get_facecolor(), "alpha": 0.8, "pad": 1},
+        )
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density")
     _plain(ax)
     return ax
+
+
+def _extremes(density):
+    """The smallest and the largest Ritz value."""
+    nodes = getattr(density, "nodes", None)
+    if nodes is None:
+        # A record holds none; its grid ends six deviations beyond them.
+        beyond = 6 * density.sigma
+        return density.grid[0] + beyond, density.grid[-1] - beyond
+    return min(x.min() for x in nodes), max(x.max() for x in nodes)
 
 
 def _draw_figure(ax, name, records, options):

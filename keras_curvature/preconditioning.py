@@ -27,7 +27,7 @@ def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
         none that is known, and before its first step.
     """
     optimizer = single(optimizer)
-    if optimizer is None or not steps_of(optimizer):
+    if optimizer is None or not number_of_steps(optimizer):
         return None
     variables = optimizer_variables(optimizer)
     if hasattr(optimizer, "preconditioner"):
@@ -50,7 +50,7 @@ def _of_squares(optimizer: Any) -> list[Tensor] | None:
     if not squares:
         return None
     if steps_as(optimizer, keras.optimizers.Adam) and not optimizer.amsgrad:
-        weights = 1 - optimizer.beta_2 ** steps_of(optimizer)
+        weights = 1 - optimizer.beta_2 ** number_of_steps(optimizer)
     elif steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.centered:
         weights = 1.0
     else:
@@ -69,10 +69,22 @@ def _roots(squares: list[Tensor], weights: Tensor, epsilon: Tensor) -> list[Tens
     ]
 
 
-def steps_of(optimizer: Any) -> int:
-    """The number of steps that an optimizer has taken."""
-    # Adding 0 reads a variable, on whatever replicas it is.
-    return int(ops.convert_to_numpy(optimizer.iterations + 0))
+def number(scalar: Any) -> Any:
+    """A scalar on the host. Adding 0 reads a variable, on whatever replicas it is.
+
+    Args:
+        scalar: a variable, a tensor or a number.
+    """
+    return ops.convert_to_numpy(scalar + 0)
+
+
+def number_of_steps(optimizer: Any) -> int:
+    """The steps that an optimizer has taken.
+
+    Args:
+        optimizer: a Keras optimizer.
+    """
+    return int(number(optimizer.iterations))
 
 
 def steps_as(optimizer: Any, kind: Any) -> bool:

@@ -59,13 +59,14 @@ class Progress:
         self._verbose = verbose
         self._done = 0
         self._total: int | None = None
+        self._before = self._after = 0
         self._shown: float | None = None
         self._outer: Progress | None = None
         self._told_to_stop = False
 
     def __enter__(self) -> Self:
         self._begin("matvec")
-        self._before = self._evaluation.on_batch
+        self._told_before = self._evaluation.on_batch
         self._evaluation.on_batch = self._on_batch
         handler = signal.getsignal(signal.SIGINT)
         owner = getattr(handler, "__self__", None)
@@ -82,7 +83,7 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._listening:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._evaluation.on_batch = self._before
+        self._evaluation.on_batch = self._told_before
         self._end()
 
     @property
@@ -90,6 +91,15 @@ class Progress:
         """Whether the computation is to stop."""
         outer = self._outer
         return self._told_to_stop or (outer is not None and outer.stopped)
+
+    def place(self, before: int = 0, after: int = 0) -> None:
+        """Makes what is told from now on a part of something longer, in one bar.
+
+        Args:
+            before: number of products that were made earlier.
+            after: number of those that will follow.
+        """
+        self._before, self._after = before, after
 
     def announce(self, cost: int) -> None:
         """Says beforehand how many products are about to be made, if it is many.
@@ -109,8 +119,9 @@ class Progress:
         """
         if self._bar.unit_name != "matvec":
             self._begin("matvec")
-        self._done, self._total = done, total
-        self._show(done, total)
+        self._done = self._before + done
+        self._total = None if total is None else self._before + total + self._after
+        self._show(self._done, self._total)
         return not self.stopped
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -21,13 +21,16 @@ if keras.backend.backend() != "tensorflow":
         "test_analysis_random.py",
         "test_api_reference.py",
         "test_architecture.py",
+        "test_docs.py",
         "test_examples.py",
         "test_package.py",
+        "test_pictures.py",
         "test_plots.py",
         "test_progress.py",
         "test_record.py",
         "test_report.py",
         "test_spectrum.py",
+        "test_table.py",
     ]
 
 # More CPU devices than one, to test placement and distribution without an accelerator.

@@ -125,6 +125,22 @@ def test_diagonal_draws_bars_in_the_order_of_the_layers():
     assert plots.plot_diagonal(records, ax) is ax
 
 
+@pytest.mark.parametrize("count", [2, 67])
+def test_diagonal_wastes_no_space_and_covers_nothing(count):
+    """The axes take the height, and the legend has a place of its own."""
+    ax = plots.plot_diagonal([layer(f"layer_{i}", 0.1, 1.0) for i in range(count)])
+    figure = ax.figure
+    figure.draw_without_rendering()
+    height = figure.get_size_inches()[1] * figure.dpi
+    box, legend = ax.get_window_extent(), ax.get_legend().get_window_extent()
+    # All but a title and an axis with its label.
+    assert height - box.height < 1.1 * figure.dpi
+    for other in (box, ax.xaxis.label.get_window_extent()):
+        assert not legend.overlaps(other)
+    title = ax._left_title.get_window_extent()
+    assert not legend.overlaps(title)
+
+
 def test_diagonal_of_zeros_and_without_figures():
     ax = plots.plot_diagonal([layer("dead", 0.0, 0.0)])
     assert np.isfinite(ax.get_xlim()).all()
@@ -142,6 +158,24 @@ def test_spectral_density(vectors):
     assert plots.plot_spectral_density(density, ax) is ax
 
 
+def test_spectral_density_has_no_empty_decades_and_marks_its_ends():
+    density = estimators.spectral_density(np.diag([-1.0, *[0.0] * 50, 5.0]), 3, 2)
+    ax = plots.plot_spectral_density(density)
+    bottom, top = ax.get_ylim()
+    upper = density.density + 2 * density.standard_error
+    assert upper.max() < top <= 3 * upper.max()
+    # One eigenvalue alone is ten times as high as the bottom.
+    alone = 1 / 52 / (density.sigma * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(bottom, alone / 10)
+    marks = [line.get_xdata()[0] for line in ax.lines[1:]]
+    np.testing.assert_allclose(marks, [-1, 5], atol=1e-5)
+    assert [text.get_text() for text in ax.texts] == ["-1", "5"]
+    # A second one, lower, leaves the first in view.
+    wider = estimators.spectral_density(np.diag([0.0] * 9 + [50.0]), 3, 2)
+    plots.plot_spectral_density(wider, ax)
+    assert ax.get_ylim()[1] >= top and ax.get_ylim()[0] <= bottom
+
+
 def test_spectral_density_of_a_record():
     density = estimators.spectral_density(np.diag([0.0, 1.0, 5.0]), 3, 2)
     record = {
@@ -154,6 +188,8 @@ def test_spectral_density_of_a_record():
     ax = plots.plot_spectral_density(record)
     np.testing.assert_array_equal(curve(ax), density.density)
     assert len(ax.collections) == 1
+    marks = [line.get_xdata()[0] for line in ax.lines[1:]]
+    np.testing.assert_allclose(marks, [0, 5], atol=1e-5)
 
 
 def test_missing_matplotlib_is_named(monkeypatch):

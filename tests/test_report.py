@@ -1,5 +1,7 @@
 """`curvature_summary` against the dense Hessian, and what it prints."""
 
+import json
+
 import cases
 import keras
 import matrices
@@ -7,6 +9,9 @@ import numpy as np
 import pytest
 
 import keras_curvature as kc
+from keras_curvature.progress import Progress
+from keras_curvature.report import CurvatureSummary
+from keras_curvature.text import number, percent
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -64,7 +69,8 @@ def test_random_figures_add_up():
     np.testing.assert_allclose(blocks + total["off_diagonal_share"], 1, rtol=1e-12)
 
 
-def test_the_table(capsys):
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     model, x, y, *_ = cases.mlp_relu()
     lines: list = []
     arguments = {"x": x, "y": y, "num_matvecs": 2 * 59, "verbose": False}
@@ -72,14 +78,69 @@ def test_the_table(capsys):
     assert capsys.readouterr().out == ""
     text = "\n".join(lines)
     for layer in layers:
-        cells = f" {layer['size']:,} ", f" {layer['block_share']:.0%} │"
+        cells = f" {layer['size']:,} ", f" {percent(layer['frobenius_share'])} "
         assert any(all(c in line for c in cells) for line in lines)
-    assert f"Trace: {total['hessian_trace']:.3g}" in text
-    assert f"Between layers: {total['off_diagonal_share']:.0%} of ‖H‖²" in text
+    assert f"Trace: {number(total['hessian_trace'])}" in text
+    assert f"Between layers: {percent(total['off_diagonal_share'])} of ‖H‖²" in text
+    # Its eigenvalue is the table's own, at no further cost.
+    rate = total["suggested_learning_rate"]
+    assert f"Learning rate suggested: {number(rate, 2)}. λ = " in text
+    bound = total["hessian_max_eigenvalue"] + total["hessian_max_eigenvalue_error"]
+    np.testing.assert_allclose(rate, 1 / bound, rtol=1e-12)
+    assert total["num_matvecs"] <= 2 * 59 + 64
+    json.dumps([*layers, total])  # Plain numbers and text.
     # No line is cut on a narrow terminal.
     assert max(map(len, lines)) <= 80 and "…" not in text
     kc.curvature_summary(model, **arguments)
     assert capsys.readouterr().out.strip() == text.strip()
+
+
+def test_top_puts_layers_together_in_the_table_alone():
+    model, x, y, *_ = cases.mlp_relu()
+    options = {"print_fn": False, "num_matvecs": 2, "verbose": False}
+    summary = kc.curvature_summary(model, x, y, top=1, **options)
+    assert len(summary) == len(model.layers) + 1 == 4
+    assert "2 more layers" in summary.table()
+    assert "more layers" not in CurvatureSummary(summary, False, top=None).table()
+    for top in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"Received: top={top}"):
+            kc.curvature_summary(model, x, y, top=top)
+
+
+def test_a_learning_rate_for_an_optimizer_that_divides():
+    """From products of its own, with what the optimizer sees."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x, y = np.random.default_rng(0).standard_normal((2, 8, 2))
+    model.fit(x, y[:, :1], epochs=3, verbose=0)
+    operator = kc.HessianOperator(model, x, y[:, :1])
+    alone = kc.suggest_learning_rate(operator)
+    summary = kc.curvature_summary(operator, print_fn=False)
+    found = summary[-1]["suggested_learning_rate"]
+    np.testing.assert_allclose(found, alone.value, rtol=1e-6)
+    assert "Adam turns unstable at 38 / λ" in " ".join(summary.table().split())
+    model.optimizer = None
+    summary = kc.curvature_summary(operator, print_fn=False)
+    assert summary[-1]["learning_rate_reason"] is None
+    assert "Learning rate" not in summary.table()
+
+
+def test_one_bar_counts_all_products(monkeypatch):
+    model, x, y, *_ = cases.mlp_tanh()
+    told = []
+    call = Progress.__call__
+
+    def listening(self, done, total):
+        go_on = call(self, done, total)
+        told.append((self._done, self._total))
+        return go_on
+
+    monkeypatch.setattr(Progress, "__call__", listening)
+    method = {"method": "layerwise", "num_matvecs": 16}
+    kc.curvature_summary(model, x, y, print_fn=False, verbose=False, **method)
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done) and set(totals) == {20} and done[-1] == 20
 
 
 @pytest.mark.parametrize(
@@ -96,7 +157,7 @@ def test_the_table_says_how_the_layers_ran(training, told):
         model, x, y, training=training, num_matvecs=2, print_fn=False, verbose=False
     )
     assert summary[-1]["mode"] == told
-    assert summary.table().split("\n")[-1] == f" Layers ran as in {told}"
+    assert f"\n Layers ran as in {told}" in summary.table()
 
 
 def test_a_loss_without_curvature():

@@ -8,7 +8,7 @@ from training import data, fit, monitor, network
 
 import keras_curvature as kc
 from keras_curvature import analysis
-from keras_curvature.callbacks.sharpness import preconditioner
+from keras_curvature.preconditioning import preconditioner
 from keras_curvature.selection import selected
 
 array = keras.ops.convert_to_numpy

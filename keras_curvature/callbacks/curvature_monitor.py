@@ -21,20 +21,17 @@ from keras_curvature.callbacks.hand_over import (
     batches_per_step,
     last_delivery,
     learning_rate,
-    number,
     optimizer_figures,
-    optimizer_of,
     steps_taken,
     takes_curvature,
 )
 from keras_curvature.callbacks.measurement import Measurement
 from keras_curvature.callbacks.pace import Pace
-from keras_curvature.callbacks.sharpness import (
-    limit_of_gradient_descent,
-    stability_ratio,
-)
+from keras_curvature.callbacks.sharpness import stability_ratio
 from keras_curvature.callbacks.training_loss import RecentLosses
 from keras_curvature.operators import HessianOperator
+from keras_curvature.preconditioning import number
+from keras_curvature.stability import limit_of_gradient_descent, optimizer_of
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
 #: What `update_freq="auto"` stands for: batches between probes, at least, and the share

@@ -3,7 +3,7 @@
 An optimizer takes curvature if it has a method `update_hessian_diagonal(diagonals)`,
 which is given a list of tensors, one for each trainable variable that the optimizer was
 built with. Three more are used where they are there: `statistics()` goes into the
-record, `preconditioner()` and `stability_threshold()` tell what `sharpness` needs; and
+record, `preconditioner()` and `stability_threshold()` tell what `stability` needs; and
 `compute_with(on_variables)`, or else `compile_with(compiler)`, is called before the
 first of them.
 """
@@ -20,6 +20,8 @@ from keras_curvature.backend import Tensor
 from keras_curvature.keras_internals import optimizer_variables, unwrapped
 from keras_curvature.operators import HessianOperator
 from keras_curvature.parameters import Layout
+from keras_curvature.preconditioning import number
+from keras_curvature.stability import optimizer_of, rate_of
 
 
 def hand_over(model: Any, operator: HessianOperator, flat: Tensor) -> None:
@@ -88,23 +90,13 @@ def last_delivery(model: Any) -> int | None:
     return None if math.isnan(age) else steps_taken(model) - int(age)
 
 
-def optimizer_of(model: Any) -> Any:
-    """The optimizer of a model, `None` for one that was not compiled.
-
-    Args:
-        model: a Keras model.
-    """
-    return getattr(model, "optimizer", None)
-
-
 def learning_rate(model: Any) -> float | None:
     """The learning rate; `None` if there is none, or several.
 
     Args:
         model: the Keras model that trains.
     """
-    rate = getattr(optimizer_of(model), "learning_rate", None)
-    return None if rate is None else float(number(rate))
+    return rate_of(optimizer_of(model))
 
 
 def steps_taken(model: Any) -> int:
@@ -124,15 +116,6 @@ def batches_per_step(model: Any) -> int:
         model: the Keras model that trains.
     """
     return getattr(optimizer_of(model), "gradient_accumulation_steps", None) or 1
-
-
-def number(scalar: Any) -> Any:
-    """A scalar on the host. Adding 0 reads a variable, on whatever replicas it is.
-
-    Args:
-        scalar: a variable, a tensor or a number.
-    """
-    return ops.convert_to_numpy(scalar + 0)
 
 
 def _takers(optimizer: Any) -> list[Any]:

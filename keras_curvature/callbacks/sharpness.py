@@ -1,20 +1,12 @@
-"""Where an optimizer turns unstable, and the curvature that it sees itself.
-
-Gradient descent with step size η is unstable along directions of curvature above
-`2 / η`; networks are trained up to that edge (Cohen et al. 2021, arXiv 2103.00065).
-An optimizer that divides the gradient by a diagonal D sees `D^{-1/2} H D^{-1/2}`
-instead, and its edge depends on its momentum (Cohen et al. 2022, arXiv 2207.14484).
-"""
+"""The largest eigenvalue of the Hessian that an optimizer sees, probe by probe."""
 
 from typing import Any
 
-import keras
-
-from keras_curvature.callbacks.hand_over import number, optimizer_of
 from keras_curvature.critical import CriticalSearch
 from keras_curvature.estimators import DominantSubspace
 from keras_curvature.operators import HessianOperator, PreconditionedOperator
-from keras_curvature.preconditioning import preconditioner, single, steps_as
+from keras_curvature.preconditioning import preconditioner
+from keras_curvature.stability import optimizer_of, stability_threshold
 
 #: Products per look at the preconditioned Hessian, whose subspace is kept; and looks in
 #: a probe, at most: one is enough unless the optimizer's diagonal has changed much.
@@ -92,39 +84,6 @@ def critical_figures(
     return figures
 
 
-def stability_threshold(optimizer: Any) -> float | None:
-    """The curvature above which an optimizer is unstable on a quadratic.
-
-    | optimizer | threshold |
-    |---|---|
-    | SGD with momentum β | `(2 + 2β) / η` |
-    | Adam, AdamW (momentum as an average, β₁) | `(2 + 2β₁) / ((1 − β₁) η)` |
-    | RMSprop without momentum | `2 / η` |
-    | DiagonalNewton | what its `stability_threshold` says |
-
-    Args:
-        optimizer: a Keras optimizer.
-
-    Returns:
-        A float, or `None` for an optimizer whose threshold is not known.
-    """
-    optimizer = single(optimizer)
-    rate = getattr(optimizer, "learning_rate", None)
-    rate = None if rate is None else float(number(rate))
-    if rate is None or not rate > 0:
-        return None
-    if hasattr(optimizer, "stability_threshold"):
-        return float(optimizer.stability_threshold())
-    if steps_as(optimizer, keras.optimizers.SGD) and not optimizer.nesterov:
-        return (2 + 2 * optimizer.momentum) / rate
-    if steps_as(optimizer, keras.optimizers.RMSprop) and not optimizer.momentum:
-        return 2 / rate
-    if steps_as(optimizer, keras.optimizers.Adam):
-        beta = optimizer.beta_1
-        return (2 + 2 * beta) / ((1 - beta) * rate)
-    return None
-
-
 def stability_ratio(record: dict[str, Any]) -> float | None:
     """How near an optimizer is to where it turns unstable, from a record.
 
@@ -144,18 +103,3 @@ def stability_ratio(record: dict[str, Any]) -> float | None:
     if threshold is None or value is None or bound is None:
         return None
     return value / threshold if bound <= CONVERGED * value else None
-
-
-def limit_of_gradient_descent(optimizer: Any) -> float | None:
-    """The eigenvalue of H above which plain gradient descent is unstable, `2 / η`.
-
-    Args:
-        optimizer: a Keras optimizer.
-
-    Returns:
-        A float; `None` for any other optimizer, which has another limit or sees
-        another matrix than H.
-    """
-    optimizer = single(optimizer)
-    plain = steps_as(optimizer, keras.optimizers.SGD) and not optimizer.momentum
-    return stability_threshold(optimizer) if plain else None

@@ -1,19 +1,11 @@
-"""The preconditioned Hessian, and where optimizers turn unstable."""
+"""An eigenvalue that is followed from probe to probe is shown once it is known."""
 
 import keras
 import numpy as np
 import pytest
 
 import keras_curvature as kc
-from keras_curvature.callbacks.sharpness import (
-    Sharpness,
-    limit_of_gradient_descent,
-    preconditioner,
-    stability_threshold,
-)
-from keras_curvature.operators import PreconditionedOperator
-
-array = keras.ops.convert_to_numpy
+from keras_curvature.callbacks.sharpness import Sharpness
 
 
 def trained(optimizer, epochs=3):
@@ -26,45 +18,6 @@ def trained(optimizer, epochs=3):
     x, y = rng.standard_normal((32, 3)), rng.standard_normal((32, 1))
     model.fit(x, y, batch_size=8, epochs=epochs, verbose=0)
     return model, kc.HessianOperator(model, x, y)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "threshold"),
-    [
-        (keras.optimizers.SGD(0.1), 20.0),
-        (keras.optimizers.SGD(0.1, momentum=0.9), 38.0),
-        (keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), None),
-        (keras.optimizers.RMSprop(0.1), 20.0),
-        (keras.optimizers.Adam(0.1, beta_1=0.9), 380.0),
-        (keras.optimizers.AdamW(0.1, beta_1=0.9), 380.0),
-        (keras.optimizers.Nadam(0.1), None),
-        (kc.DiagonalNewton(0.1, beta_1=0.0), 20.0),
-        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), 20.0),
-        (keras.optimizers.Adagrad(0.1), None),
-    ],
-)
-def test_threshold(optimizer, threshold):
-    found = stability_threshold(optimizer)
-    assert found == (threshold and pytest.approx(threshold, rel=1e-6))
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "limit"),
-    [
-        (keras.optimizers.SGD(0.1), 20.0),
-        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), 20.0),
-        (keras.optimizers.SGD(0.1, momentum=0.9), None),
-        (keras.optimizers.Adam(0.1), None),
-        (kc.DiagonalNewton(0.1), None),
-        (keras.optimizers.SGD(0.0), None),
-        (None, None),
-    ],
-)
-def test_two_over_learning_rate_is_the_limit_of_plain_gradient_descent(
-    optimizer, limit
-):
-    found = limit_of_gradient_descent(optimizer)
-    assert found == (limit and pytest.approx(limit, rel=1e-6))
 
 
 @pytest.mark.parametrize(
@@ -90,86 +43,3 @@ def test_an_eigenvalue_is_shown_when_its_bound_is_below_it(values, bounds, shown
     key = "hessian_preconditioned_max_eigenvalue"
     assert figures[key] == shown and spent == (4 if shown else 12)
     assert figures[f"{key}_error"] == bounds[int(np.argmax(values))]
-
-
-def test_another_rule_has_no_known_threshold():
-    """Neither a rule of the user's own, nor two optimizers at once."""
-
-    class Mine(keras.optimizers.Adam):
-        def update_step(self, gradient, variable, learning_rate):
-            super().update_step(gradient, variable, learning_rate)
-
-    assert stability_threshold(Mine(0.1)) is None
-    two = {"a": keras.optimizers.SGD(0.1), "b": keras.optimizers.SGD(0.2)}
-    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), two)
-    assert stability_threshold(keras.optimizers.MultiOptimizer(several)) is None
-
-
-def test_gradient_descent_with_averaged_momentum_is_stable_up_to_the_threshold():
-    # On a quadratic of curvature h, just below and just above the edge.
-    for factor, stable in ((0.98, True), (1.02, False)):
-        beta, rate = 0.9, 0.1
-        h = factor * (2 + 2 * beta) / ((1 - beta) * rate)
-        x, m = 1.0, 0.0
-        for _ in range(3000):
-            m = beta * m + (1 - beta) * h * x
-            x -= rate * m
-            if abs(x) > 1e6:
-                break
-        assert (abs(x) < 1) == stable
-
-
-def test_adam_divides_by_the_root_of_its_average_of_squares():
-    model, op = trained(keras.optimizers.Adam(0.01))
-    found = array(preconditioner(model.optimizer, op))
-    steps = int(model.optimizer.iterations)
-    squares = [v.numpy() for v in model.optimizer._velocities]
-    expected = np.concatenate(
-        [np.sqrt(v / (1 - 0.999**steps)).ravel() + 1e-7 for v in squares]
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_diagonal_newton_tells_what_it_divides_by():
-    model, op = trained(
-        kc.DiagonalNewton(1.0, beta_1=0.0, relative_radius=0.0), epochs=0
-    )
-    optimizer = model.optimizer
-    optimizer.build(model.trainable_variables)
-    optimizer.update_hessian_diagonal(kc.hessian_diagonal(op).value)
-    gradient = op.split(op.value_and_gradient()[1])
-    before = op.flatten([v.numpy() for v in model.trainable_variables])
-    optimizer.apply(gradient, model.trainable_variables)
-    moved = before - op.flatten([v.numpy() for v in model.trainable_variables])
-    divided = array(op.flatten(gradient)) / array(preconditioner(optimizer, op))
-    np.testing.assert_allclose(moved, divided, rtol=1e-4, atol=1e-7)
-
-
-def test_rmsprop_does_not_debias():
-    model, op = trained(keras.optimizers.RMSprop(0.01))
-    squares = [v.numpy() for v in model.optimizer._velocities]
-    expected = np.concatenate([np.sqrt(v).ravel() + 1e-7 for v in squares])
-    found = array(preconditioner(model.optimizer, op))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD(0.01), "adagrad"])
-def test_no_preconditioner_where_none_is_known(optimizer):
-    model, op = trained(optimizer)
-    assert preconditioner(model.optimizer, op) is None
-
-
-def test_no_preconditioner_before_the_first_step():
-    model, op = trained("adam", epochs=0)
-    assert preconditioner(model.optimizer, op) is None
-
-
-def test_preconditioned_operator_equals_the_dense_product():
-    model, op = trained("adam")
-    diagonal = preconditioner(model.optimizer, op)
-    seen = PreconditionedOperator(op, diagonal)
-    scale = array(diagonal) ** -0.5
-    dense = scale[:, None] * op.to_dense() * scale
-    top = kc.estimators.eigenvalues(seen, k=1, tolerance=1e-6).values[0]
-    eigenvalues = np.linalg.eigvalsh(dense.astype("float64"))
-    np.testing.assert_allclose(top, eigenvalues[abs(eigenvalues).argmax()], rtol=1e-4)
