@@ -41,7 +41,7 @@ class SymmetricOperator(Protocol):
     """What an estimator needs to know of a matrix: `shape == (P, P)` and `A @ V`.
 
     A matrix that may move has a method `still()`: a context in which it does not, or
-    which raises an error at its end. One that would have to transpose its directions has
+    which raises an error at its end. One that takes rows more easily than columns has
     a method `times_rows(rows)`: the products with the rows of a tensor `(k, P)`, as
     rows.
     """

@@ -34,8 +34,9 @@ _Array = NDArray[np.float64]
 #: Keeps these draws apart from those of the other estimators.
 _PURPOSE = 3
 
-#: Numbers in the Lanczos vectors that are kept: 256 MiB in float32.
-_BASIS_NUMBERS = 2**26
+#: Numbers in the Lanczos vectors of one start, up to which all of them are kept: 64 MiB
+#: in float32. To orthogonalise by more costs more than products of networks.
+_BASIS_NUMBERS = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,14 +113,13 @@ def spectral_density(
 ) -> SpectralDensity:
     """The density of the eigenvalues, from Lanczos iterations with random starts.
 
-    The Lanczos vectors are reorthogonalised against those before, as far as 2²⁶ numbers
-    (256 MiB in float32) hold them: all of them for P up to a million and the default
-    steps. Of larger operators the last two are kept at least, as plain Lanczos
-    iteration needs them. An eigenvalue that has converged then appears again after
-    some steps, as several close nodes that share its weight: the density and the
-    moments are the same to rounding, and resolve as much as fewer steps would
-    (Greenbaum 1989, "Behavior of slightly perturbed Lanczos and conjugate-gradient
-    recurrences").
+    The Lanczos vectors are fully reorthogonalised where `num_steps · P` is at most 2²⁴,
+    so that converged eigenvalues do not appear twice; four start vectors are then
+    iterated together. Of larger operators only the last two vectors are kept, and
+    memory does not depend on the number of steps. An eigenvalue that has converged then
+    appears again after some steps, as close nodes that share its weight: the density is
+    that of the same eigenvalues, and resolves what fewer steps would (Greenbaum 1989,
+    "Behavior of slightly perturbed Lanczos and conjugate-gradient recurrences").
 
     When the iteration reaches an invariant subspace (a low rank, few distinct
     eigenvalues) it ends there: the quadrature is exact for its start vector.
@@ -161,7 +161,7 @@ def spectral_density(
         )
     steps = min(int(num_steps), products.size)
     products.total = steps * num_vectors
-    together = GROUP if GROUP * steps * products.size <= _BASIS_NUMBERS else 1
+    together = GROUP if steps * products.size <= _BASIS_NUMBERS else 1
     nodes: list[_Array] = []
     weights: list[_Array] = []
     with products.working():
@@ -224,8 +224,8 @@ class _Iteration:
     """
 
     def __init__(self, start: Vector, num_steps: int):
-        kept = int(np.clip(_BASIS_NUMBERS // len(start), 2, num_steps))
-        self.vectors = collections.deque([np.array(start)], max(kept, 2))
+        kept = num_steps if num_steps * len(start) <= _BASIS_NUMBERS else 2
+        self.vectors = collections.deque([np.array(start)], kept)
         self.alphas: list[float] = []
         self.betas: list[float] = []
         tall.turn([self.vectors[0]], np.array([[len(start) ** -0.5]]))

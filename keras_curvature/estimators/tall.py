@@ -186,4 +186,4 @@ def _tolerance(vectors: Sequence[Vector]) -> float:
 
 def _length(vectors: Sequence[Vector]) -> int:
     """P; zero where there are no vectors, and nothing to do."""
-    return len(vectors[0]) if vectors else 0
+    return len(vectors[0]) if len(vectors) else 0

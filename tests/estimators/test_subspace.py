@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_curvature import backend, estimators
+from keras_curvature import estimators
 from keras_curvature.estimators import deflation
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
