@@ -89,7 +89,9 @@ def test_ghosts_share_the_weight(monkeypatch):
         assert np.sum(nodes > 500) > 1, "No ghosts: the test shows nothing."
         expected = whole.weights[start][whole.nodes[start] > 500].sum()
         np.testing.assert_allclose(weights[nodes > 500].sum(), expected, rtol=1e-3)
-        np.testing.assert_allclose(nodes[nodes > 500], 1e3, rtol=1e-3)
+        # A new one is on its way for a step or two, and has no weight yet.
+        center = np.average(nodes[nodes > 500], weights=weights[nodes > 500])
+        np.testing.assert_allclose(center, 1e3, rtol=1e-4)
     # At a width of 0.2 the ninety-nine others are a continuum to both.
     error = np.abs(streamed.density - whole.density)
     assert error.max() < 1e-2 * whole.density.max()
