@@ -119,7 +119,9 @@ class Products:
             if not self._numpy:
                 rows = array(rows, self.dtype)
             # In memory that is ours, and written to later.
-            made.extend(np.require(on_host(self._times(rows)), requirements="CWO"))
+            made.extend(
+                np.require(on_host(self._times(rows)), requirements=["C", "W", "O"])
+            )
             if not self.going:
                 break
         return made

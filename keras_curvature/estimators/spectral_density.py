@@ -190,7 +190,7 @@ def _lanczos(
         For each vector the diagonal `(steps,)` and the off-diagonal `(steps,)` of the
         tridiagonal matrix, zero from where the iteration has ended.
     """
-    epsilon = np.finfo(products.dtype).eps
+    epsilon = float(np.finfo(products.dtype).eps)
     iterations = [_Iteration(start, num_steps) for start in starts]
     for step in range(num_steps):
         made = products(iteration.vectors[-1] for iteration in iterations)
