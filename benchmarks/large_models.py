@@ -1,8 +1,11 @@
 """What compilation, products and probes cost on networks of real size.
 
 Each network runs on each backend in a process of its own. The first step of `fit`, the
-first product and the first probe include their compilation; all other figures are
-medians of what follows.
+first product, update and probe include their compilation; all other
+figures are medians of what follows. The update of a kept subspace with twelve products
+is measured in seconds of the processor, all cores together, which other load
+disturbs less: in gradients, and what all but its products takes, as a
+share of them.
 
     python benchmarks/large_models.py                     # all
     python benchmarks/large_models.py ResNet-50 jax       # one
@@ -70,10 +73,31 @@ def vision_transformer(shape, width=192, blocks=6, patch=8):
     return keras.Model(inputs, layers.Dense(10)(h))
 
 
+def gpt2():
+    """GPT-2 small, 124 million parameters, on one sequence of 64 tokens."""
+    import keras_hub
+    import numpy as np
+
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=50257,
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        intermediate_dim=3072,
+        max_sequence_length=1024,
+        dropout=0,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone=backbone)
+    tokens = np.random.default_rng(0).integers(0, 50257, (1, 65))
+    x = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((1, 64), "bool")}
+    return model, x, tokens[:, 1:]
+
+
 NETWORKS = {
     "ResNet-50": images(resnet),
     "MobileNetV2": images(mobilenet),
     "ViT, 6 blocks": images(vision_transformer),
+    "GPT-2 small": gpt2,
 }
 
 
@@ -112,7 +136,7 @@ def work(network, probes=True):
         "backend": keras.backend.backend(),
         "parameters": model.count_params(),
     }
-    fit = {"x": x, "y": y, "batch_size": len(x), "verbose": 0}
+    fit = {"x": x, "y": y, "batch_size": len(y), "verbose": 0}
     row["first step s"] = _seconds(lambda: model.fit(**fit))
     op = kc.HessianOperator(model, x, y)
     row["first gradient s"] = _seconds(
@@ -131,7 +155,57 @@ def work(network, probes=True):
     row["gradient s"] = seconds["gradient"]
     row["product / gradient"] = seconds["product"] / seconds["gradient"]
     row["peak GiB"] = _peak()
+    row |= _updates(op)
     return row | _probes(model, fit, seconds["product"]) if probes else row
+
+
+class _Timed:
+    """An operator that adds up the processor's seconds of its products."""
+
+    def __init__(self, operator):
+        self._operator, self.seconds = operator, 0.0
+        self.shape, self.dtype = operator.shape, operator.dtype
+        self.place, self.still = operator.place, operator.still
+
+    def times_rows(self, rows):
+        import measure
+
+        start = time.process_time()
+        products = self._operator.times_rows(rows)
+        measure.on_host(products[:1, :1])
+        self.seconds += time.process_time() - start
+        return products
+
+
+def _updates(op, num_matvecs=12, rounds=3):
+    """What updates of a kept subspace cost."""
+    import measure
+
+    from keras_curvature.estimators import DominantSubspace
+
+    subspace, timed = DominantSubspace(), _Timed(op)
+    gradients, updates, shares = [], [], []
+    first = _seconds(lambda: subspace.update(timed, num_matvecs, 0, op.sizes))
+    for _ in range(rounds):
+        start = time.process_time()
+        measure.on_host(op.value_and_gradient()[1])
+        between, timed.seconds = time.process_time(), 0.0
+        subspace.update(timed, num_matvecs, 0, op.sizes)
+        spent = time.process_time() - between
+        gradients.append(between - start)
+        updates.append(spent)
+        shares.append(spent / timed.seconds - 1)
+
+    def median(numbers):
+        return sorted(numbers)[len(numbers) // 2]
+
+    return {
+        "first update s": first,
+        "gradient CPU s": median(gradients),
+        "update / gradient": median(updates) / median(gradients),
+        "all but products / products": median(shares),
+        "peak GiB with updates": _peak(),
+    }
 
 
 def _probes(model, fit, product):

@@ -15,24 +15,24 @@ exactly. It is unbiased for every Q that was chosen before v was drawn.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from keras import ops
 from numpy.typing import NDArray
 
-from keras_curvature.backend import Tensor, compiled
+from keras_curvature.backend import array
+from keras_curvature.estimators import tall
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
-from keras_curvature.estimators.products import block_rows, dot, to_host
 from keras_curvature.estimators.quadratic_forms import (
     error_of_mean,
     mean_of,
     paired_mean,
     students_factor,
 )
+from keras_curvature.estimators.tall import Vector
 
 _Array = NDArray[np.float64]
 
@@ -54,98 +54,118 @@ class DeflatedMoments(Moments):
     residual_norms: _Array
 
 
+# What is not finite gives figures that are not finite, without further noise.
+@np.errstate(over="ignore", invalid="ignore")
 def deflated_moments(
-    basis: Tensor,
-    signs: Tensor,
-    basis_products: Tensor,
-    fresh_products: Tensor,
+    basis: Sequence[Vector],
+    signs: Sequence[Vector],
+    basis_products: Sequence[Vector],
+    fresh_products: Sequence[Vector],
     num_matvecs: int,
     block_sizes: tuple[int, ...] | None = None,
     diagonal: bool = False,
+    inner: _Array | None = None,
 ) -> DeflatedMoments:
     """The figures that Q and random signs tell.
 
     Args:
-        basis: orthonormal Q, tensor `(P, k)`, k ≥ 0.
-        signs: fresh signs V, tensor `(P, s)`, s ≥ 0; none when Q spans everything.
-        basis_products: HQ, tensor `(P, k)`.
-        fresh_products: `H outside(Q, V)`, tensor `(P, s)`.
+        basis: orthonormal Q, list of k ≥ 0 arrays `(P,)`.
+        signs: fresh signs V, list of s ≥ 0 arrays; none when Q spans everything.
+        basis_products: HQ, k arrays.
+        fresh_products: `H outside(Q, V)`, s arrays. There is one product at least.
         num_matvecs: number of products to name in the estimates.
         block_sizes: tuple of sizes, or `None`.
         diagonal: whether to estimate the diagonal too.
+        inner: the inner products of Q, HQ and the fresh products, if they are known:
+            `tall.gram` of all of them.
     """
-    measured = _measure(block_sizes, bool(diagonal))(
-        basis, signs, basis_products, fresh_products
+    vectors = [*basis, *basis_products, *fresh_products]
+    inner = tall.gram(vectors) if inner is None else inner
+    measured = _measured(
+        basis, signs, basis_products, fresh_products, inner, block_sizes, diagonal
     )
-    return _figures(measured, int(signs.shape[1]), num_matvecs, block_sizes)
+    dtype = vectors[-1].dtype.name
+    return _figures(measured, len(signs), num_matvecs, block_sizes, dtype)
 
 
-def outside(basis: Tensor, x: Tensor) -> Tensor:
-    """`(I − QQᵀ) X` for an orthonormal Q."""
-    return x - basis @ dot(basis, x)
+def outside(basis: Sequence[Vector], vectors: Sequence[Vector]) -> list[Vector]:
+    """`(I − QQᵀ) X` for an orthonormal Q, in the type of Q."""
+    inside = tall.dot(vectors, basis)
+    coefficients = np.concatenate([np.eye(len(vectors)), -inside], axis=1)
+    return tall.combined(coefficients, [*vectors, *basis], basis[0].dtype.name)
 
 
-@functools.lru_cache(maxsize=64)
-def _measure(
-    block_sizes: tuple[int, ...] | None, diagonal: bool
-) -> Callable[..., dict[str, Tensor]]:
-    """Compiles all that is formed from tall arrays, by block; the rest is small."""
-
-    def measure(Q: Tensor, V: Tensor, Z: Tensor, Y: Tensor) -> dict[str, Tensor]:
-        T = dot(Q, Z)
-        T = (T + ops.transpose(T)) / 2
-        # Once more, for what rounding leaves inside of Q.
-        orthogonal = outside(Q, Z - Q @ T)
-        inside = dot(Q, Y)
-        R = outside(Q, Y - Q @ inside)  # = BV
-        shares = V * R
-        all_of_it = ops.concatenate([Q, orthogonal, V, R], axis=1)
-
-        def grams(x: Tensor) -> Tensor:
-            return ops.stack([dot(x[b], x[b]) for b in block_rows(block_sizes)])
-
-        measured = {
-            "T": T,
-            "inside": inside,
-            "grams": grams(all_of_it),
-            "trace diagonal": grams(shares),
-            "norm diagonal": dot(ops.square(R), ops.square(R)),
-        }
+def _measured(
+    Q: Sequence[Vector],
+    V: Sequence[Vector],
+    Z: Sequence[Vector],
+    Y: Sequence[Vector],
+    inner: _Array,
+    block_sizes: tuple[int, ...] | None,
+    diagonal: bool,
+) -> dict[str, _Array]:
+    """All that is formed from long vectors, by block; the rest is small."""
+    k, s = len(Q), len(V)
+    # Q is orthonormal to the rounding of its type, the rest is orthogonal to it.
+    inside = np.linalg.solve(inner[:k, :k], inner[:k, k:])
+    T = inner[:k, k : 2 * k]
+    T = (T + T.T) / 2
+    of_Z, of_Y = inside[:, :k].T, inside[:, k:].T
+    window = tall.Window([*Q, *Z, *V, *Y])
+    size, width = len((*Z, *Y)[0]), 2 * (k + s)
+    grams = np.zeros((1 if block_sizes is None else len(block_sizes), width, width))
+    trace_diagonal, norm_diagonal = np.zeros((len(grams), s, s)), np.zeros((s, s))
+    entries, errors = np.empty((2, size if diagonal else 0))
+    for block, part in tall.parts(size, block_sizes):
+        rows = window(part)
+        q, z, v, r = np.split(rows, np.cumsum([k, k, s]))
         if diagonal:
-            # Not the static shape: a graph may serve several numbers of signs.
-            count = ops.cast(ops.shape(shares)[1], shares.dtype)
-            mean = ops.sum(shares, axis=1) / ops.maximum(count, 1)
-            squares = ops.sum(ops.square(shares - mean[:, None]), axis=1)
-            known = ops.sum((2 * Z - Q @ T) * Q, axis=1)
-            measured["diagonal"] = known + mean
-            measured["diagonal error"] = ops.sqrt(
-                squares / ops.maximum(count * (count - 1), 1)
-            )
-        return measured
+            known = ((2 * z - T @ q) * q).sum(0)
+        # From differences of inner products little would be left of what is small.
+        z -= of_Z @ q  # = Z⊥
+        r -= of_Y @ q  # = BV
+        grams[block] += rows @ rows.T
+        shares, squares = v * r, r * r
+        trace_diagonal[block] += shares @ shares.T
+        norm_diagonal += squares @ squares.T
+        if diagonal:
+            mean = shares.sum(0) / max(s, 1)
+            entries[part] = known + mean
+            spread = np.square(shares - mean).sum(0)
+            errors[part] = np.sqrt(spread / max(s * (s - 1), 1))
+    measured = {
+        "T": T,
+        "inside": inner[:k, 2 * k :],
+        "grams": grams,
+        "trace diagonal": trace_diagonal,
+        "norm diagonal": norm_diagonal,
+    }
+    if diagonal:
+        measured |= {"diagonal": entries, "diagonal error": errors}
+    return measured
 
-    return compiled(measure)
 
-
-# What is not finite gives figures that are not finite, without further noise.
-@np.errstate(over="ignore", invalid="ignore")
 def _figures(
-    measured: dict[str, Tensor],
+    measured: dict[str, _Array],
     fresh: int,
     num_matvecs: int,
     block_sizes: tuple[int, ...] | None,
+    dtype: str,
 ) -> DeflatedMoments:
-    """The figures from what was measured on the device.
+    """The figures from what was measured; a diagonal goes where the operator is.
 
     With W = [Q, Z⊥] and C = [[T, I], [I, 0]], K is `W C Wᵀ`; so the products of the
     tall arrays with each other, by block, tell all of it.
     """
     diagonal = None
     if "diagonal" in measured:
-        value, error = measured.pop("diagonal"), measured.pop("diagonal error")
-        error = None if fresh == 1 else error * students_factor(fresh - 1)
-        diagonal = Estimate(value, error, num_matvecs)
-    small = {name: to_host(x) for name, x in measured.items()}
-    T, grams, trace_diagonal = small["T"], small["grams"], small["trace diagonal"]
+        error: Any = None
+        if fresh != 1:
+            error = measured["diagonal error"] * students_factor(fresh - 1)
+            error = array(error, dtype)
+        diagonal = Estimate(array(measured["diagonal"], dtype), error, num_matvecs)
+    T, grams = measured["T"], measured["grams"]
+    trace_diagonal = measured["trace diagonal"]
     k = len(T)
     W, V, R = slice(2 * k), slice(2 * k, 2 * k + fresh), slice(2 * k + fresh, None)
     WW, WV, WR, VR = grams[:, W, W], grams[:, W, V], grams[:, W, R], grams[:, V, R]
@@ -157,7 +177,7 @@ def _figures(
     rows_of_Z = C[:, :k].T @ WW @ C[:, :k]
     known_rows = np.trace(rows_of_Z + S @ WW[:, :k, :k], axis1=1, axis2=2)
     # ‖(HV)_b‖² less its part inside of Q, whose mean the known rows hold.
-    mixed = np.swapaxes(WR[:, :k], 1, 2) @ small["inside"]
+    mixed = np.swapaxes(WR[:, :k], 1, 2) @ measured["inside"]
     norm = grams[:, R, R] + mixed + np.swapaxes(mixed, 1, 2)
     trace = (VR + np.swapaxes(VR, 1, 2)) / 2
 
@@ -193,7 +213,7 @@ def _figures(
         estimate(
             known_rows,
             norm,
-            error_of_mean(total, small["norm diagonal"], skewed=True),
+            error_of_mean(total, measured["norm diagonal"], skewed=True),
             error_of_mean(norm, skewed=True),
             pairs,
         ),

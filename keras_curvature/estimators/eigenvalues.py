@@ -9,7 +9,6 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from keras_curvature.backend import array
 from keras_curvature.estimators.lanczos import Lanczos
 from keras_curvature.estimators.products import (
     GROUP,
@@ -174,7 +173,7 @@ def _chooser(k: int, which: str) -> _Choose:
 
 def _multiply(products: Products, columns: _Array) -> _Array:
     """A group of products `(P, k)`, by way of the operator's type."""
-    made = to_host(products(array(columns, products.dtype)))
+    made = np.stack(products(columns.T), axis=1).astype(np.float64)
     if not np.isfinite(made).all():
         raise RuntimeError(
             "Products with the operator are not finite, so it has no eigenvalues. "
@@ -214,7 +213,7 @@ def _iterated(
     wanted, kept = _chooser(k, which), _chooser(k + (dimension - k) // 2, which)
     lanczos = Lanczos(
         lambda v: _multiply(products, v[:, None])[:, 0],
-        lambda: to_host(products.normals(key, next(draws), 1))[:, 0],
+        lambda: to_host(products.normals(key, next(draws), 1))[0],
         dimension,
         float(np.finfo(products.dtype).eps),
     )

@@ -121,7 +121,7 @@ def hutchinson_moments(
 
         def draw(start: int, width: int) -> dict[str, Tensor]:
             directions = products.signs(key, start, width)
-            return told(directions, products(directions))
+            return told(directions, products.rows(directions))
 
         samples = sample(draw, judged, num_matvecs, tolerance, progress)
         return Moments(
@@ -162,7 +162,7 @@ def exact_moments(
                 raise KeyboardInterrupt
             columns = slice(start, min(start + GROUP, size))
             directions = products.basis(start, columns.stop - start)
-            parts = _entries(blocks)(directions, products(directions))
+            parts = _entries(blocks)(directions, products.rows(directions))
             entries[columns], squares[:, columns] = map(to_host, parts)
         diagonal = array(entries, products.dtype)
         zeros = ops.zeros_like(diagonal)
@@ -233,5 +233,5 @@ def _entries(
     From k basis vectors and their products, `(k,)` and `(blocks, k)`.
     """
     return compiled(
-        lambda e, ae: (ops.sum(e * ae, axis=0), block_sums(ae * ae, block_sizes))
+        lambda e, ae: (ops.sum(e * ae, axis=1), block_sums(ae * ae, block_sizes))
     )

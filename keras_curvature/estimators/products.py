@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,18 +20,14 @@ from keras_curvature.backend import (
     normal,
     on,
     signs,
-    sum_chunks,
     twice_differentiable,
     wide_float,
 )
+from keras_curvature.estimators.tall import Vector
 
 #: Directions multiplied at once: products that share a forward pass and a gradient
 #: are cheaper, and memory stays at a few vectors of length P.
 GROUP = 4
-
-#: Rows that `dot` adds up at once, in float32 perhaps. A matrix product adds them one
-#: after the other: of 10^7 rows with few columns 2 to 4 % may be lost, of these 1e-5.
-_ROWS = 2**13
 
 #: Told `(done, total)` after each group of products, the total `None` where nobody
 #: knows it; returns whether to go on.
@@ -44,7 +41,9 @@ class SymmetricOperator(Protocol):
     """What an estimator needs to know of a matrix: `shape == (P, P)` and `A @ V`.
 
     A matrix that may move has a method `still()`: a context in which it does not, or
-    which raises an error at its end.
+    which raises an error at its end. One that takes rows more easily than columns has
+    a method `times_rows(rows)`: the products with the rows of a tensor `(k, P)`, as
+    rows.
     """
 
     @property
@@ -106,42 +105,60 @@ class Products:
         ) or scipy.sparse.issparse(operator)
         self.place = None if self._numpy else getattr(operator, "place", None)
 
-    def __call__(self, directions: Tensor) -> Tensor:
-        """`A V` for a tensor `(P, k)`, as a tensor.
+    def __call__(self, directions: Iterable[Vector]) -> list[Vector]:
+        """`A v` for directions `(P,)` in host memory, in host memory.
 
-        A few directions at a time. Once told to stop, the products with the first
-        directions alone, those of one group at least.
+        A few of them at a time, and no more of them are taken before these are
+        multiplied. Once told to stop, the products with the first directions alone,
+        those of one group at least.
         """
-        made = []
-        for start in range(0, int(directions.shape[1]), GROUP):
-            group = directions[:, start : start + GROUP]
-            if self._numpy:
-                group = ops.convert_to_numpy(group)
-            made.append(array(self._operator @ group, self.dtype))
-            self.spent += int(group.shape[1])
-            if self._progress is not None:
-                self.going = self._progress(self.spent, self.total)
+        made: list[Vector] = []
+        left = iter(directions)
+        while group := list(itertools.islice(left, GROUP)):
+            rows = np.stack(group).astype(self.dtype, copy=False)
+            if not self._numpy:
+                rows = array(rows, self.dtype)
+            # In memory that is ours, and written to later.
+            made.extend(
+                np.require(on_host(self._times(rows)), requirements=["C", "W", "O"])
+            )
             if not self.going:
                 break
-        if len(made) > 1:
-            return ops.concatenate(made, axis=1)
-        return made[0] if made else directions
+        return made
+
+    def rows(self, directions: Tensor) -> Tensor:
+        """`A v` for each row of a tensor `(k, P)`, as a tensor: all of them at once."""
+        return array(
+            self._times(on_host(directions) if self._numpy else directions), self.dtype
+        )
+
+    def _times(self, rows: Any) -> Any:
+        """The products with rows, in the form that the operator takes and returns."""
+        if hasattr(self._operator, "times_rows"):
+            made = self._operator.times_rows(rows)
+        elif self._numpy:
+            made = np.asarray(self._operator @ rows.T, self.dtype).T
+        else:
+            made = array(self._operator @ ops.transpose(rows), self.dtype)
+            made = ops.transpose(made)
+        self.spent += int(rows.shape[0])
+        if self._progress is not None:
+            self.going = self._progress(self.spent, self.total)
+        return made
 
     def signs(self, key: Tensor, start: int, width: int) -> Tensor:
-        """Random signs for the draws `start … start + width − 1`, `(P, width)`.
+        """Random signs for the draws `start … start + width − 1`, `(width, P)`.
 
-        Each column is a function of `key` and of its own number only.
+        Each row is a function of `key` and of its own number only.
         """
-        return _columns(signs, self.size, width, self.dtype)(key, array(start, "int32"))
+        return _rows(signs, self.size, width, self.dtype)(key, array(start, "int32"))
 
     def normals(self, key: Tensor, start: int, width: int) -> Tensor:
         """As `signs`, with independent standard normal entries."""
-        return _columns(normal, self.size, width, self.dtype)(
-            key, array(start, "int32")
-        )
+        return _rows(normal, self.size, width, self.dtype)(key, array(start, "int32"))
 
     def basis(self, start: int, width: int) -> Tensor:
-        """The basis vectors `e_start … e_(start+width−1)`, `(P, width)`."""
+        """The basis vectors `e_start … e_(start+width−1)`, `(width, P)`."""
         return _basis(self.size, width, self.dtype)(array(start, "int32"))
 
     @contextlib.contextmanager
@@ -200,7 +217,7 @@ def check_blocks(
 
 
 def block_rows(block_sizes: tuple[int, ...] | None) -> list[slice]:
-    """The rows of each block, as slices; all rows without `block_sizes`."""
+    """The entries of each block, as slices; all entries without `block_sizes`."""
     if block_sizes is None:
         return [slice(None)]
     ends = np.cumsum(block_sizes)
@@ -208,22 +225,11 @@ def block_rows(block_sizes: tuple[int, ...] | None) -> list[slice]:
 
 
 def block_sums(rows: Tensor, block_sizes: tuple[int, ...] | None) -> Tensor:
-    """Sums of the rows of each block: `(P, k)` to `(blocks, k)`, in `wide_float`."""
+    """Sums over the entries of each block: `(k, P)` to `(blocks, k)`, `wide_float`."""
     # Along the last axis all frameworks add in a tree. Along the first one TensorFlow
     # adds one number after the other, and is off by 2 to 9 % after 10^7 in float32.
-    columns = ops.transpose(rows)
-    sums = [ops.sum(columns[:, b], axis=1) for b in block_rows(block_sizes)]
+    sums = [ops.sum(rows[:, b], axis=1) for b in block_rows(block_sizes)]
     return ops.cast(ops.stack(sums), wide_float())
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """`xᵀ y` of two tall blocks, `(P, k)` and `(P, l)`, as a `(k, l)` tensor."""
-
-    def part(a: Tensor, b: Tensor) -> Tensor:
-        # Here and elsewhere not `ops.matmul`, which computes in float32 on PyTorch.
-        return ops.cast(ops.transpose(a) @ b, wide_float())
-
-    return ops.cast(sum_chunks(part, [x, y], _ROWS), x.dtype)
 
 
 def to_host(x: Tensor) -> NDArray[np.float64]:
@@ -231,24 +237,29 @@ def to_host(x: Tensor) -> NDArray[np.float64]:
     return np.asarray(ops.convert_to_numpy(x), np.float64)
 
 
+def on_host(x: Any) -> NDArray[Any]:
+    """A tensor as a NumPy array of its type; not a copy where it is on the host."""
+    return np.asarray(x) if isinstance(x, np.ndarray) else ops.convert_to_numpy(x)
+
+
 @functools.lru_cache(maxsize=64)
-def _columns(
+def _rows(
     draw: Callable[..., Tensor], size: int, width: int, dtype: str
 ) -> Callable[..., Tensor]:
-    def columns(key: Tensor, start: Tensor) -> Tensor:
+    def rows(key: Tensor, start: Tensor) -> Tensor:
         drawn = [draw((size,), fold_in(key, start + j), dtype) for j in range(width)]
-        return ops.stack(drawn, axis=1) if drawn else ops.zeros((size, 0), dtype)
+        return ops.stack(drawn)
 
-    return compiled(columns)
+    return compiled(rows)
 
 
 @functools.lru_cache(maxsize=64)
 def _basis(size: int, width: int, dtype: str) -> Callable[..., Tensor]:
-    def columns(start: Tensor) -> Tensor:
-        rows = ops.arange(size, dtype="int32")[:, None]
-        return ops.cast(rows == start + ops.arange(width, dtype="int32"), dtype)
+    def rows(start: Tensor) -> Tensor:
+        numbers = start + ops.arange(width, dtype="int32")
+        return ops.cast(numbers[:, None] == ops.arange(size, dtype="int32"), dtype)
 
-    return compiled(columns)
+    return compiled(rows)
 
 
 def _floating(operator: Any) -> str:

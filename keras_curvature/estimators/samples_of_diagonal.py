@@ -86,7 +86,7 @@ def moments_of_diagonal(
     """
     blocks = check_blocks(block_sizes, int(diagonal.shape[0]))
     with on(place):
-        shares = to_host(block_sums(diagonal[:, None], blocks))[:, 0]
+        shares = to_host(block_sums(diagonal[None], blocks))[:, 0]
         trace = exact_estimate(shares, num_matvecs, blocks)
         exact = Estimate(diagonal, ops.zeros_like(diagonal), num_matvecs)
         return Moments(trace, None, exact, num_matvecs)
@@ -97,7 +97,7 @@ def _told(block_sizes: tuple[int, ...] | None) -> Callable[[Tensor], dict[str, T
     """Compiles what samples of the diagonal tell."""
     return compiled(
         lambda diagonals: {
-            "diagonal": diagonals,
-            **with_total("trace", block_sums(diagonals, block_sizes)),
+            "diagonal": ops.transpose(diagonals),
+            **with_total("trace", block_sums(ops.transpose(diagonals), block_sizes)),
         }
     )

@@ -4,6 +4,7 @@ Whoever draws samples says what a few of them tell: arrays whose expectation is 
 The loop keeps the running mean and spread on the device, and decides when to stop.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
@@ -26,10 +27,10 @@ DEFAULT_MATVECS = 32
 MAXIMUM_MATVECS = 1024
 
 #: `draw(start, width)` returns the samples `start … start + width − 1` of each figure,
-#: one in each entry of the last axis. A sample is a function of its number alone.
+#: one in each entry of the first axis. A sample is a function of its number alone.
 Draw: TypeAlias = Callable[[int, int], Mapping[str, Tensor]]
 
-_Moments: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
+_Named: TypeAlias = dict[str, Tensor]
 
 
 class Samples:
@@ -46,17 +47,14 @@ class Samples:
         self._spreads: dict[str, Tensor] = {}
 
     def add(self, samples: Mapping[str, Tensor], width: int) -> None:
-        """Takes in `width` samples of each figure, along the last axis."""
-        moments: _Moments = _moments(dict(samples))
-        if self.count:
-            moments = _merged(
-                array(self.count, wide_float()),
-                (self.means, self._spreads),
-                array(width, wide_float()),
-                moments,
-            )
+        """Takes in `width` samples of each figure, along the first axis."""
+        if not self.count:
+            self.means = {name: ops.zeros_like(x[0]) for name, x in samples.items()}
+            self._spreads = dict(self.means)
+        self.means, self._spreads = _extended(width)(
+            self.means, self._spreads, array(self.count, wide_float()), dict(samples)
+        )
         self.count += width
-        self.means, self._spreads = moments
 
     def standard_error(self, name: str) -> Tensor | None:
         """Standard error of the mean, `None` from a single sample."""
@@ -139,38 +137,31 @@ def check_budget(num_matvecs: int | None, tolerance: float | None) -> int:
     return int(num_matvecs)
 
 
-@compiled
-def _moments(samples: dict[str, Tensor]) -> _Moments:
-    """Means of a group of samples, and sums of squared deviations from them."""
-    means, spreads = {}, {}
-    for name, x in samples.items():
-        # Not `ops.mean`, which computes in float32 outside of TensorFlow.
-        mean = ops.sum(x, axis=-1) / ops.cast(ops.shape(x)[-1], x.dtype)
-        means[name] = mean
-        spreads[name] = ops.sum(ops.square(x - mean[..., None]), axis=-1)
-    return means, spreads
+@functools.lru_cache(maxsize=64)
+def _extended(width: int) -> Callable[..., tuple[_Named, _Named]]:
+    """Compiles means, and sums of squared deviations from them, with more samples.
 
-
-@compiled
-def _merged(count_a: Tensor, a: _Moments, count_b: Tensor, b: _Moments) -> _Moments:
-    """Moments of two groups together.
-
-    Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for
-    computing sample variances", eq. 2.1. A sum of squares would lose the spread to
-    rounding where it is small against the mean.
+    One at a time (Welford 1962, "Note on a method for calculating corrected sums of
+    squares and products"): a sum of squares would lose the spread to rounding where it
+    is small against the mean, and deviations of all of them take as much memory as
+    they do.
     """
-    (means_a, spreads_a), (means_b, spreads_b) = a, b
-    total = count_a + count_b
-    means, spreads = {}, {}
-    for name, mean in means_a.items():
-        shift = means_b[name] - mean
-        means[name] = mean + shift * ops.cast(count_b / total, mean.dtype)
-        spreads[name] = (
-            spreads_a[name]
-            + spreads_b[name]
-            + ops.square(shift) * ops.cast(count_a * count_b / total, mean.dtype)
-        )
-    return means, spreads
+
+    def extended(
+        means: _Named, spreads: _Named, count: Tensor, samples: _Named
+    ) -> tuple[_Named, _Named]:
+        for number in range(width):
+            before, means, spreads = means, {}, dict(spreads)
+            for name, mean in before.items():
+                x, total = (
+                    samples[name][number],
+                    ops.cast(count + number + 1, mean.dtype),
+                )
+                means[name] = mean + (x - mean) / total
+                spreads[name] += (x - mean) * (x - means[name])
+        return means, spreads
+
+    return compiled(extended)
 
 
 @compiled

@@ -11,8 +11,11 @@ from keras_curvature.estimators.sampling import Samples
 
 
 def with_total(name: str, shares: Tensor) -> dict[str, Tensor]:
-    """Samples of a figure and of its shares, from those of the shares."""
-    return {name: ops.sum(shares, axis=0), f"{name} by block": shares}
+    """Samples of a figure and of its shares, from those of the shares `(blocks, k)`."""
+    return {
+        name: ops.sum(shares, axis=0),
+        f"{name} by block": ops.transpose(shares),
+    }
 
 
 def scalar_estimate(

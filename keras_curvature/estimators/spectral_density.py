@@ -8,14 +8,14 @@ section 3.2; Ghorbani, Krishnan, Xiao (2019), "An investigation into neural net
 optimization via Hessian eigenvalue density", section 2.
 """
 
+import collections
 import dataclasses
 
 import numpy as np
 import scipy.linalg
-from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
-from keras_curvature.backend import Tensor, array, compiled
+from keras_curvature.estimators import tall
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.products import (
     GROUP,
@@ -23,18 +23,20 @@ from keras_curvature.estimators.products import (
     ProgressFunction,
     Seed,
     SymmetricOperator,
+    on_host,
     seed_key,
-    to_host,
 )
 from keras_curvature.estimators.quadratic_forms import students_factor
+from keras_curvature.estimators.tall import Vector
 
 _Array = NDArray[np.float64]
 
 #: Keeps these draws apart from those of the other estimators.
 _PURPOSE = 3
 
-#: Numbers in the Lanczos bases of the vectors that are iterated together.
-_BASIS_NUMBERS = 2**28
+#: Numbers in the Lanczos vectors of one start, up to which all of them are kept: 64 MiB
+#: in float32. To orthogonalise by more costs more than products of networks.
+_BASIS_NUMBERS = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,11 +113,16 @@ def spectral_density(
 ) -> SpectralDensity:
     """The density of the eigenvalues, from Lanczos iterations with random starts.
 
-    The Lanczos vectors are fully reorthogonalised, so that converged eigenvalues do
-    not appear twice. They take `num_steps · P` numbers for each start vector; four
-    of them are iterated together where that is at most 1 GiB in float32. When the
-    iteration reaches an invariant subspace (a low rank, few distinct eigenvalues)
-    it ends there: the quadrature is exact for its start vector.
+    The Lanczos vectors are fully reorthogonalised where `num_steps · P` is at most 2²⁴,
+    so that converged eigenvalues do not appear twice; four start vectors are then
+    iterated together. Of larger operators only the last two vectors are kept, and
+    memory does not depend on the number of steps. An eigenvalue that has converged then
+    appears again after some steps, as close nodes that share its weight: the density is
+    that of the same eigenvalues, and resolves what fewer steps would (Greenbaum 1989,
+    "Behavior of slightly perturbed Lanczos and conjugate-gradient recurrences").
+
+    When the iteration reaches an invariant subspace (a low rank, few distinct
+    eigenvalues) it ends there: the quadrature is exact for its start vector.
 
     Args:
         A: symmetric operator of shape `(P, P)` with products `A @ V`.
@@ -154,14 +161,17 @@ def spectral_density(
         )
     steps = min(int(num_steps), products.size)
     products.total = steps * num_vectors
-    together = GROUP if GROUP * steps * products.size <= _BASIS_NUMBERS else 1
+    together = GROUP if steps * products.size <= _BASIS_NUMBERS else 1
     nodes: list[_Array] = []
     weights: list[_Array] = []
     with products.working():
         key = seed_key(seed, _PURPOSE)
         while len(nodes) < num_vectors and products.going:
             width = min(together, num_vectors - len(nodes))
-            starts = products.signs(key, len(nodes), width)
+            starts = [
+                on_host(products.signs(key, number, 1))[0]
+                for number in range(len(nodes), len(nodes) + width)
+            ]
             for alphas, betas in _lanczos(products, starts, steps):
                 points, weight = _quadrature(alphas, betas)
                 nodes.append(points)
@@ -172,7 +182,7 @@ def spectral_density(
 
 
 def _lanczos(
-    products: Products, starts: Tensor, num_steps: int
+    products: Products, starts: list[Vector], num_steps: int
 ) -> list[tuple[_Array, _Array]]:
     """Lanczos iterations from a group of vectors, until told to stop.
 
@@ -180,62 +190,65 @@ def _lanczos(
         For each vector the diagonal `(steps,)` and the off-diagonal `(steps,)` of the
         tridiagonal matrix, zero from where the iteration has ended.
     """
-    epsilon = np.finfo(products.dtype).eps
-    size, width = products.size, int(starts.shape[1])
-    # One vector in each row, and one basis for each start: unused rows are zero, so
-    # that one graph serves all steps.
-    basis = ops.zeros((width, num_steps, size), products.dtype)
-    r = ops.transpose(starts)
-    inverse = np.full(width, size**-0.5)
-    alphas: list[_Array] = []
-    betas: list[_Array] = []
+    epsilon = float(np.finfo(products.dtype).eps)
+    iterations = [_Iteration(start, num_steps) for start in starts]
     for step in range(num_steps):
-        scale = array(inverse[:, None], products.dtype)
-        q, basis = _extended(basis, r, scale, array(step, "int32"))
-        product = ops.transpose(products(ops.transpose(q)))
-        small, r = _orthogonal(basis, q, product)
-        alpha, beta = to_host(small)
-        if not np.isfinite(alpha).all():
+        made = products(iteration.vectors[-1] for iteration in iterations)
+        for iteration in iterations:
+            # Not all at once: each product is dropped when it has been used.
+            iteration.extend(made.pop(0), epsilon)
+        alphas = [iteration.alphas[-1] for iteration in iterations]
+        if not np.isfinite(alphas).all():
             raise RuntimeError(
                 "Products with the operator are not finite, so it has no "
                 "eigenvalues. Look for infinite or undefined weights, data or "
-                f"losses. Received: vᵀAv = {alpha} at Lanczos step {step + 1}."
+                f"losses. Received: vᵀAv = {np.array(alphas)} at Lanczos step "
+                f"{step + 1}."
             )
-        largest = np.max([np.abs([*alphas, alpha]).max(0), *betas], axis=0)
-        ended = beta <= 10 * epsilon * np.maximum(largest, beta)
-        if betas:
-            ended |= betas[-1] == 0
-        beta[ended] = 0
-        alphas.append(alpha)
-        betas.append(beta)
-        if ended.all() or not products.going:
+        if all(i.betas[-1] == 0 for i in iterations) or not products.going:
             break
-        inverse = np.divide(1, beta, out=np.zeros_like(beta), where=~ended)
-    return list(zip(np.transpose(alphas), np.transpose(betas), strict=True))
+    return [(np.array(i.alphas), np.array(i.betas)) for i in iterations]
 
 
-@compiled
-def _extended(
-    basis: Tensor, r: Tensor, scale: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The next vectors, and the bases with them in row `step`."""
-    q = r * scale
-    row = ops.cast(ops.arange(ops.shape(basis)[1], dtype="int32") == step, basis.dtype)
-    return q, basis + row[:, None] * q[:, None]
+class _Iteration:
+    """Lanczos iteration from one vector.
 
+    Args:
+        start: array `(P,)`, turned into a unit vector in its place.
+        num_steps: how many vectors will be made.
 
-@compiled
-def _orthogonal(basis: Tensor, q: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """`qᵀr` and the norms of what is outside of the bases, `(2, k)`; and that.
-
-    All components along earlier vectors are taken out twice: once leaves rounding
-    errors that grow (Parlett 1998, section 6.9, "twice is enough").
+    Attributes:
+        vectors: the Lanczos vectors that are kept, the last one for the next product.
+        alphas: the diagonal of the tridiagonal matrix.
+        betas: what is beside it; zero at the end, and from there on.
     """
-    alpha = ops.sum(q * r, axis=1)
-    for _ in range(2):
-        parts = basis @ r[:, :, None]
-        r = r - (ops.transpose(parts, (0, 2, 1)) @ basis)[:, 0]
-    return ops.stack([alpha, ops.sqrt(ops.sum(r * r, axis=1))]), r
+
+    def __init__(self, start: Vector, num_steps: int):
+        kept = num_steps if num_steps * len(start) <= _BASIS_NUMBERS else 2
+        self.vectors = collections.deque([np.array(start)], kept)
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        tall.turn([self.vectors[0]], np.array([[len(start) ** -0.5]]))
+
+    def extend(self, r: Vector, epsilon: float) -> None:
+        """One step, with the product of the last vector, which is overwritten."""
+        # All components along earlier vectors are taken out twice: once leaves
+        # rounding errors that grow (Parlett 1998, section 6.9, "twice is enough").
+        with np.errstate(over="ignore", invalid="ignore"):
+            for number in range(2):
+                inside = tall.dot([r], self.vectors)[0]
+                if not number:
+                    alpha = float(inside[-1])
+                left = tall.turn([r, *self.vectors], np.append(1, -inside)[None])
+        beta = float(np.sqrt(left[0, 0]))
+        largest = max(map(abs, [*self.alphas, alpha, *self.betas]))
+        ended = bool(self.betas) and self.betas[-1] == 0
+        if ended or beta <= 10 * epsilon * max(largest, beta):
+            beta = 0.0
+        self.alphas.append(alpha)
+        self.betas.append(beta)
+        tall.turn([r], np.array([[1 / beta if beta else 0.0]]))
+        self.vectors.append(r)
 
 
 def _quadrature(alphas: _Array, betas: _Array) -> tuple[_Array, _Array]:

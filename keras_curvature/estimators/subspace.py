@@ -7,13 +7,15 @@ needs, the subspace Q that they span.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
-from keras_curvature.backend import Tensor, array, compiled
+from keras_curvature.backend import Tensor
+from keras_curvature.estimators import tall
 from keras_curvature.estimators.deflation import (
     DeflatedMoments,
     deflated_moments,
@@ -21,15 +23,17 @@ from keras_curvature.estimators.deflation import (
 )
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.products import (
+    GROUP,
     Products,
     ProgressFunction,
     Seed,
     SymmetricOperator,
     check_blocks,
+    on_host,
     seed_key,
-    to_host,
 )
 from keras_curvature.estimators.sampling import check_budget
+from keras_curvature.estimators.tall import Vector
 
 #: Keeps these draws apart from those of the plain averages.
 _PURPOSE = 1
@@ -44,7 +48,7 @@ _FRESH_WEIGHT = 0.5
 class _State(NamedTuple):
     """What one update leaves for the next: Q, the signs drawn, the spread seen."""
 
-    basis: Tensor | None = None
+    basis: list[Vector] | None = None
     draws: int = 0
     spread: float | None = None
 
@@ -52,10 +56,10 @@ class _State(NamedTuple):
 class _Look(NamedTuple):
     """Q, random signs V, and the products HQ and H(I − QQᵀ)V."""
 
-    basis: Tensor
-    signs: Tensor
-    basis_products: Tensor
-    fresh_products: Tensor
+    basis: list[Vector]
+    signs: list[Vector]
+    basis_products: list[Vector]
+    fresh_products: list[Vector]
 
 
 class DominantSubspace:
@@ -91,9 +95,10 @@ class DominantSubspace:
         self._state = _State()
 
     @property
-    def basis(self) -> Tensor | None:
-        """The orthonormal Q for the next update, `(P, k)`, or `None` before any."""
-        return self._state.basis
+    def basis(self) -> NDArray[Any] | None:
+        """The orthonormal Q for the next update, a copy `(P, k)`; `None` before any."""
+        basis = self._state.basis
+        return None if basis is None else np.stack(basis, axis=1)
 
     def update(
         self,
@@ -146,12 +151,15 @@ class DominantSubspace:
         blocks = check_blocks(block_sizes, products.size)
         with products.working():
             look, draws = self._look(products, seed_key(seed, _PURPOSE), budget)
-            figures = deflated_moments(*look, products.spent, blocks, diagonal)
-            figures, spread = self._steadied(figures, int(look.signs.shape[1]))
+            inner = _inner(look)
+            figures = deflated_moments(
+                *look, products.spent, blocks, diagonal, inner=inner
+            )
+            figures, spread = self._steadied(figures, len(look.signs))
             basis = self._state.basis
             if math.isfinite(figures.squared_frobenius_norm.value):
                 kept = self.k or max(1, budget - _fresh(budget))
-                basis = _dominant(look.basis_products, look.fresh_products, kept)
+                basis = _dominant(look, inner, kept)
         self._state = _State(basis, draws, spread)
         return figures
 
@@ -161,39 +169,40 @@ class DominantSubspace:
         look, basis = None, self._known(products, budget)
         if basis is None:
             # What finds Q is an average over random signs by itself.
-            basis = nothing = ops.zeros((products.size, 0), products.dtype)
+            basis = []
             width = budget // 3 if budget > 3 else 0
-            signs = products.signs(key, draws, width)
+            signs = _signs(products, key, draws, width)
             draws += width
             found = products(signs)
             if width:
-                look = _Look(nothing, signs[:, : found.shape[1]], nothing, found)
-                dominant = _dominant(nothing, found, min(width, self.k or width))
-                basis = nothing if dominant is None else dominant
+                look = _Look([], signs[: len(found)], [], found)
+                inner = _inner(look)
+                if np.isfinite(inner).all():
+                    # The products are still to be looked at if this is all.
+                    copies = look._replace(fresh_products=[x.copy() for x in found])
+                    basis = _dominant(copies, inner, min(width, self.k or width))
         complete = False
         if products.going:
-            k = int(basis.shape[1])
-            signs = products.signs(key, draws, budget - products.spent - k)
-            draws += int(signs.shape[1])
-            columns = _directions(basis, signs)
-            made = products(columns)
-            complete = made.shape[1] == columns.shape[1]
-            if complete or made.shape[1] >= k + 2:
-                signs = signs[:, : made.shape[1] - k]
-                look = _Look(basis, signs, made[:, :k], made[:, k:])
-        if look is None or not (complete or look.signs.shape[1] >= 2):
+            k = len(basis)
+            signs = _signs(products, key, draws, budget - products.spent - k)
+            draws += len(signs)
+            made = products(_directions(basis, signs, products.dtype))
+            complete = len(made) == k + len(signs)
+            if complete or len(made) >= k + 2:
+                look = _Look(basis, signs[: len(made) - k], made[:k], made[k:])
+        if look is None or not (complete or len(look.signs) >= 2):
             raise KeyboardInterrupt
         return look, draws
 
-    def _known(self, products: Products, budget: int) -> Tensor | None:
+    def _known(self, products: Products, budget: int) -> list[Vector] | None:
         """The Q to use, unless it has to be found first."""
         if budget == products.size:
-            return products.basis(0, budget)
+            return list(np.eye(budget, dtype=products.dtype))
         basis = self._state.basis
-        if basis is None or int(basis.shape[0]) != products.size:
+        if basis is None or any(len(x) != products.size for x in basis):
             return None
-        columns = min(int(basis.shape[1]), budget - _fresh(budget))
-        return array(basis[:, :columns], products.dtype)
+        count = min(len(basis), budget - _fresh(budget))
+        return [x.astype(products.dtype, copy=False) for x in basis[:count]]
 
     def _steadied(
         self, figures: DeflatedMoments, fresh: int
@@ -216,10 +225,8 @@ class DominantSubspace:
 
     def get_state(self) -> dict[str, Any]:
         """All that the next update depends on, as NumPy arrays and integers."""
-        basis, draws, spread = self._state
-        if basis is not None:
-            basis = ops.convert_to_numpy(basis)
-        return {"basis": basis, "draws": draws, "spread": spread}
+        _, draws, spread = self._state
+        return {"basis": self.basis, "draws": draws, "spread": spread}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from what `get_state` returned.
@@ -247,22 +254,22 @@ class DominantSubspace:
         )
 
 
-def _orthonormal(basis: Any) -> Any:
+def _orthonormal(basis: NDArray[Any]) -> list[Vector] | None:
     """A basis from outside, mended if need be; `None` if it cannot be."""
     if basis.ndim != 2 or basis.shape[0] < basis.shape[1]:
         raise ValueError(
             "The basis must have shape (P, k) with k ≤ P. Received: shape "
             f"{basis.shape}."
         )
-    if basis.dtype not in (np.float32, np.float64):
-        basis = basis.astype(np.float32)
+    dtype = "float64" if basis.dtype == np.float64 else "float32"
+    vectors = [np.array(column, dtype) for column in basis.T]
     # Estimates are unbiased for any orthonormal Q, and only for those.
-    gram = basis.T.astype(np.float64) @ basis
-    if not np.isfinite(gram).all():
+    inner = tall.gram(vectors)
+    if not vectors or not np.isfinite(inner).all():
         return None
-    if abs(gram - np.eye(len(gram))).max(initial=0) > 1e-5:
-        return np.linalg.qr(basis)[0]
-    return basis
+    if abs(inner - np.eye(len(inner))).max(initial=0) > 1e-5:
+        return _completed(vectors, inner, np.ones(len(inner)), len(inner))
+    return vectors
 
 
 def _widened(estimate: Estimate, factor: float) -> Estimate:
@@ -278,36 +285,48 @@ def _fresh(num_matvecs: int) -> int:
     return min(num_matvecs, max(2, num_matvecs // 3))
 
 
-def _dominant(
-    basis_products: Tensor, fresh_products: Tensor, count: int
-) -> Tensor | None:
-    """The next Q: the leading left singular vectors of all products.
-
-    Householder's QR gives orthonormal columns for any rank, zero included. `None` if
-    the products are not finite.
-    """
-    width = int(fresh_products.shape[1])
-    weight = _FRESH_WEIGHT / max(width, 1) ** 0.5
-    orthogonal, triangle = _factors(
-        basis_products, fresh_products, array(weight, ops.dtype(basis_products))
-    )
-    triangle = to_host(triangle)
-    if not np.isfinite(triangle).all():
-        return None
-    turn = np.linalg.svd(triangle)[0][:, :count]
-    return orthogonal @ array(turn, ops.dtype(orthogonal))
+def _signs(products: Products, key: Tensor, start: int, width: int) -> list[Vector]:
+    """Random signs for some draws, a byte for each."""
+    return [
+        on_host(products.signs(key, number, 1))[0].astype(np.int8)
+        for number in range(start, start + width)
+    ]
 
 
-@compiled
-def _directions(basis: Tensor, signs: Tensor) -> Tensor:
-    """Q and (I − QQᵀ)V, side by side."""
-    return ops.concatenate([basis, outside(basis, signs)], axis=1)
+def _directions(
+    basis: list[Vector], signs: list[Vector], dtype: str
+) -> Iterator[Vector]:
+    """Q and (I − QQᵀ)V, the latter made as they are needed."""
+    yield from basis
+    for start in range(0, len(signs), GROUP):
+        group = signs[start : start + GROUP]
+        yield from outside(basis, group) if basis else (v.astype(dtype) for v in group)
 
 
-@compiled
-def _factors(
-    basis_products: Tensor, fresh_products: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    columns = ops.concatenate([basis_products, weight * fresh_products], axis=1)
-    factors: tuple[Tensor, Tensor] = ops.qr(columns)
-    return factors
+def _inner(look: _Look) -> NDArray[np.float64]:
+    """The inner products of Q, HQ and the fresh products."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return tall.gram([*look.basis, *look.basis_products, *look.fresh_products])
+
+
+def _dominant(look: _Look, inner: NDArray[np.float64], count: int) -> list[Vector]:
+    """The next Q: the leading left singular vectors of all products, in their place."""
+    k, fresh = len(look.basis), len(look.fresh_products)
+    weights = np.repeat([1.0, _FRESH_WEIGHT / max(fresh, 1) ** 0.5], [k, fresh])
+    vectors = [*look.basis_products, *look.fresh_products]
+    look.basis_products.clear()
+    look.fresh_products.clear()
+    return _completed(vectors, inner[k:, k:], weights, min(count, len(vectors)))
+
+
+def _completed(
+    vectors: list[Vector],
+    inner: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    count: int,
+) -> list[Vector]:
+    """Singular vectors in the place of vectors, as many as asked for."""
+    size, dtype = len(vectors[0]), vectors[0].dtype.name
+    tall.to_singular_vectors(vectors, inner, weights, count)
+    tall.complete(vectors, count, size, dtype)
+    return vectors

@@ -323,41 +323,44 @@ class HessianOperator:
             )
         with backend.on(self.place):
             if len(v.shape) == 1:
-                return self._multiply(v[:, None])[:, 0]
-            return self._multiply(v)
+                return self.times_rows(v[None])[0]
+            return ops.transpose(self.times_rows(ops.transpose(v)))
 
-    def _multiply(self, block: Tensor) -> Tensor:
-        """`H V` for a tensor of shape (P, k), a few columns a pass."""
-        block = backend.array(block, self.dtype.name)
-        count = int(block.shape[1])
+    def times_rows(self, rows: Tensor) -> Tensor:
+        """`H v` for each row v of a tensor `(k, P)`, as rows; a few of them a pass.
+
+        What an estimator calls: variables lie side by side in a row, so that neither
+        directions nor products are transposed.
+        """
+        rows = backend.array(rows, self.dtype.name)
+        count = int(rows.shape[0])
         results, start, most = [], 0, backend.PRODUCTS_PER_PASS
-        while start < count:
-            # Full groups and single products: two signatures, whatever the count.
-            width = most if count - start >= most else 1
-            part = block if width == count else block[:, start : start + width]
-            results.append(self._products(part))
-            start += width
-        if len(results) == 1:
-            return results[0]
-        return ops.concatenate(results, axis=1) if results else block
+        with backend.on(self.place):
+            while start < count:
+                # Full groups and single products: two signatures, whatever the count.
+                width = most if count - start >= most else 1
+                part = rows if width == count else rows[start : start + width]
+                results.append(self._products(part))
+                start += width
+            if len(results) == 1:
+                return results[0]
+            return ops.concatenate(results) if results else rows
 
     def _by_tape(
-        self, state: State, batch: Batch, columns: Tensor
+        self, state: State, batch: Batch, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
         point = dict(enumerate(state.values))
         recording = backend.record(of_values(loss, state.others, batch), point)
         multiply = recording.product(point, point)
-        rows = ops.transpose(columns)
 
         def product(i: Any) -> Tensor:
             return layout.joined(list(multiply(layout.parted(rows[i])).values()))
 
-        products = backend.loop_range(product, ops.shape(columns)[1])
-        return recording.loss, ops.transpose(products)
+        return recording.loss, backend.loop_range(product, ops.shape(rows)[0])
 
     def _by_differences(
-        self, state: State, batch: Batch, columns: Tensor
+        self, state: State, batch: Batch, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
 
@@ -369,9 +372,8 @@ class HessianOperator:
             direction = list(layout.parted(rows[i]).values())
             return layout.joined(difference_product(gradient_at, values, direction))
 
-        values, rows = backend.values(state.values), ops.transpose(columns)
-        products = backend.loop_range(product, ops.shape(rows)[0])
-        return loss(state, batch), ops.transpose(products)
+        values = backend.values(state.values)
+        return loss(state, batch), backend.loop_range(product, ops.shape(rows)[0])
 
     def _gradient(
         self, state: State, batch: Batch

@@ -3,6 +3,8 @@
 import contextlib
 from typing import Any
 
+from keras import ops
+
 from keras_curvature.backend import Tensor
 
 
@@ -29,3 +31,9 @@ class PreconditionedOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         scale = self._scale if len(v.shape) == 1 else self._scale[:, None]
         return scale * (self._operator @ (scale * v))
+
+    def times_rows(self, rows: Tensor) -> Tensor:
+        """The products with the rows of a tensor `(k, P)`, as rows."""
+        if not hasattr(self._operator, "times_rows"):
+            return ops.transpose(self @ ops.transpose(rows))
+        return self._scale * self._operator.times_rows(self._scale * rows)

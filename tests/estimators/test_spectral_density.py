@@ -1,10 +1,15 @@
 """The density of the eigenvalues against the eigenvalues themselves."""
 
+import sys
+
 import matrices
 import numpy as np
 import pytest
 
 from keras_curvature import estimators
+
+# The function has the name of its module.
+module = sys.modules[estimators.spectral_density.__module__]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -66,6 +71,30 @@ def test_no_ghosts():
         assert np.sum(nodes > 500) == 1
         np.testing.assert_allclose(nodes[-1], 1e3, rtol=1e-5)
         assert nodes[-2] < 1.01 and nodes[0] > -0.01
+
+
+def test_ghosts_share_the_weight(monkeypatch):
+    """With two vectors kept, as for a large operator: more nodes, the same density."""
+    dense = matrices.matrix(np.r_[[1e3], np.linspace(0, 1, 99)], dtype="float32")
+    arguments = {"num_steps": 60, "num_vectors": 4, "sigma": 0.2}
+    grid = np.r_[np.linspace(-1, 2, 50), np.linspace(999, 1001, 50)]
+    whole = estimators.spectral_density(dense, grid=grid, **arguments)
+    monkeypatch.setattr(module, "_BASIS_NUMBERS", 0)
+    streamed = estimators.spectral_density(dense, grid=grid, **arguments)
+    for order in (1, 2):
+        one, other = (x.moment(order).value for x in (streamed, whole))
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+    for start in range(4):
+        nodes, weights = streamed.nodes[start], streamed.weights[start]
+        assert np.sum(nodes > 500) > 1, "No ghosts: the test shows nothing."
+        expected = whole.weights[start][whole.nodes[start] > 500].sum()
+        np.testing.assert_allclose(weights[nodes > 500].sum(), expected, rtol=1e-3)
+        # A new one is on its way for a step or two, and has no weight yet.
+        center = np.average(nodes[nodes > 500], weights=weights[nodes > 500])
+        np.testing.assert_allclose(center, 1e3, rtol=1e-4)
+    # At a width of 0.2 the ninety-nine others are a continuum to both.
+    error = np.abs(streamed.density - whole.density)
+    assert error.max() < 1e-2 * whole.density.max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

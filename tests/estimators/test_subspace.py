@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_curvature import backend, estimators
+from keras_curvature import estimators
 from keras_curvature.estimators import deflation
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
@@ -17,14 +17,14 @@ def array(value):
 
 def deflated(dense, basis, signs, block_sizes, diagonal=False):
     """The figures from these directions, and the products with them."""
-    basis, signs, dense = (backend.array(x, "float64") for x in (basis, signs, dense))
-    products = dense @ basis
-    fresh = dense @ deflation.outside(basis, signs)
-    count = int(basis.shape[1]) + int(signs.shape[1])
-    figures = deflation.deflated_moments(
-        basis, signs, products, fresh, count, block_sizes, diagonal
-    )
-    return figures, array(products), array(fresh)
+    directions = signs
+    if basis.shape[1]:
+        directions = np.stack(deflation.outside(list(basis.T), list(signs.T)), 1)
+    products, fresh = dense @ basis, dense @ directions
+    columns = [list(x.T) for x in (basis, signs, products, fresh)]
+    count = basis.shape[1] + signs.shape[1]
+    figures = deflation.deflated_moments(*columns, count, block_sizes, diagonal)
+    return figures, products, fresh
 
 
 def turned(dense, angle, seed=0):
