@@ -56,6 +56,7 @@ _ROOMS = {
     "Estimate": "estimators",
     "HessianOperator": "operators",
     "LayerRule": "layerwise.rules",
+    "critical_sharpness": "critical",
     "curvature_summary": "report",
     "hessian_diagonal": "analysis",
     "hessian_eigenvalues": "spectrum",
@@ -64,6 +65,7 @@ _ROOMS = {
     "hessian_spectral_density": "spectrum",
     "hessian_trace": "analysis",
     "register_layer_rule": "layerwise.rules",
+    "suggest_learning_rate": "learning_rate",
 }
 
 
