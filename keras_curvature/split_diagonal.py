@@ -129,9 +129,8 @@ class SplitMoments:
 
     def _by_block(self, x: Tensor) -> _Array:
         """Sums of squares by variable."""
-        return estimators.to_host(estimators.block_sums(x[:, None] ** 2, self._sizes))[
-            :, 0
-        ]
+        squares = estimators.block_sums(x[None] ** 2, self._sizes)
+        return estimators.to_host(squares)[:, 0]
 
     def _samples(
         self, kind: str, seed: int, purpose: int | None = None

@@ -82,7 +82,7 @@ def exact_part(diagonal: Tensor, block_sizes: tuple[int, ...]) -> Part:
         diagonal: tensor `(P,)`.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
     """
-    traces = to_host(block_sums(diagonal[:, None], block_sizes)).T
+    traces = to_host(block_sums(diagonal[None], block_sizes)).T
     return Part(diagonal, ops.zeros_like(diagonal), 0, traces, np.zeros((0, 0)))
 
 
@@ -116,9 +116,9 @@ class PartSamples:
         samples, told = self._samples, _told(self._block_sizes, quiet is not None)
         while samples.count < count:
             width = min(GROUP, count - samples.count)
-            drawn = self._draw(samples.count, width)
+            drawn = ops.transpose(self._draw(samples.count, width))
             samples.add({"diagonal": drawn}, width)
-            figures = told(drawn, drawn[:, 0] if quiet is None else quiet)
+            figures = told(drawn, drawn[0] if quiet is None else quiet)
             self._traces.append(to_host(figures["traces"]).T)
             if quiet is not None:
                 self._slopes.append(to_host(figures["slopes"]).T)
@@ -141,8 +141,8 @@ def _told(
     def told(samples: Tensor, quiet: Tensor) -> dict[str, Tensor]:
         figures = {"traces": block_sums(samples, block_sizes)}
         if with_slopes:
-            size = block_sums(ops.square(quiet)[:, None], block_sizes)
-            inner = block_sums(samples * quiet[:, None], block_sizes)
+            size = block_sums(ops.square(quiet)[None], block_sizes)
+            inner = block_sums(samples * quiet, block_sizes)
             figures["slopes"] = inner / ops.where(size > 0, size, 1)
         return figures
 
@@ -216,8 +216,8 @@ def _measure(block_sizes: tuple[int, ...]) -> Callable[..., dict[str, Tensor]]:
     """Compiles the sums over blocks that weights depend on."""
 
     def measure(means: list[Tensor], errors: list[Tensor]) -> dict[str, Tensor]:
-        pairs = [ops.stack([x * y for y in means], axis=1) for x in means]
-        noise = ops.stack([ops.square(e) for e in errors], axis=1)
+        pairs = [ops.stack([x * y for y in means]) for x in means]
+        noise = ops.stack([ops.square(e) for e in errors])
         return {
             "products": ops.stack([block_sums(p, block_sizes) for p in pairs]),
             "noise": block_sums(noise, block_sizes),
@@ -264,7 +264,7 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
 
 def _mean_squares(squares: Tensor, block_sizes: tuple[int, ...]) -> Tensor:
     sizes = np.maximum(np.array(block_sizes), 1)
-    sums = block_sums(squares[:, None], block_sizes)[:, 0]
+    sums = block_sums(squares[None], block_sizes)[:, 0]
     return ops.cast(sums / ops.cast(sizes, sums.dtype), squares.dtype)
 
 

@@ -311,10 +311,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """
         self._check_diagonals(diagonals)
         slots = self._slots_of(self._curvatures)
-        counters = self._curvature_updates, self._curvature_step, self.iterations
         finite = self._between_steps(
             self._averaged,
-            [*slots, *counters],
+            [*slots, self._curvature_updates, self._curvature_step],
+            self._steps(),
             [
                 ops.convert_to_tensor(diagonal, slot.dtype)
                 for diagonal, slot in zip(self._slots_of(diagonals), slots, strict=True)
@@ -333,18 +333,19 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         return True
 
     def _averaged(
-        self, values: list[Any], diagonals: list[Any]
+        self, values: list[Any], steps: Any, diagonals: list[Any]
     ) -> tuple[list[Any], Any]:
         """ĥ with another delivery, k, and when it was, if it is finite. Pure.
 
         Args:
-            values: ĥ of each variable, k, the step of the last delivery, and this one.
+            values: ĥ of each variable, k, and the step of the last delivery.
+            steps: the number of steps so far.
             diagonals: what is delivered.
 
         Returns:
-            The same but for the last; and whether all of the diagonals is finite.
+            New values; and whether all of the diagonals is finite.
         """
-        *curvatures, updates, last, steps = values
+        *curvatures, updates, last = values
         finite = ops.all(ops.stack([ops.all(ops.isfinite(d)) for d in diagonals]))
         new = []
         for average, diagonal in zip(curvatures, diagonals, strict=True):
@@ -414,7 +415,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        sums = ops.convert_to_numpy(self._between_steps(self._sums, self._state()))
+        sums = ops.convert_to_numpy(
+            self._between_steps(self._sums, self._state(), self._steps())
+        )
         size = sum(int(np.prod(s.shape)) for s in self._slots_of(self._curvatures))
         square, clipped, newton, negative = sums.tolist()
         age = _number(self.iterations) - _number(self._curvature_step)
@@ -426,12 +429,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             "negative_share": negative / size,
         }
 
-    def _sums(self, state: list[Any]) -> tuple[list[Any], Any]:
+    def _sums(self, state: list[Any], steps: Any) -> tuple[list[Any], Any]:
         """What `statistics` averages over all entries, summed: `(4,)`. Pure."""
         sums = 0
-        steps, slots = _steps_and_slots(state)
-        for m, v, h, values in slots:
-            average, usual = self._debiased(m, v, steps)
+        for m, v, h, values in _slots(state):
+            average, usual = self._debiased(m, v, ops.maximum(steps, 1))
             rule = usual, h, values, self.radius, self.relative_radius
             counted = (
                 ops.square(newton_direction(average, *rule)),
@@ -453,7 +455,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer has not been built.
         """
-        parts = iter(self._between_steps(self._damped, self._state()))
+        parts = iter(self._between_steps(self._damped, self._state(), self._steps()))
         return [
             ops.ones(variable.shape) if slot is None else next(parts)
             for variable, slot in zip(
@@ -461,22 +463,21 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             )
         ]
 
-    def _damped(self, state: list[Any]) -> tuple[list[Any], list[Any]]:
+    def _damped(self, state: list[Any], steps: Any) -> tuple[list[Any], list[Any]]:
         """What `preconditioner` gives, for variables that have slots. Pure."""
-        steps, slots = _steps_and_slots(state)
         return [], [
             damped_curvature(
-                self._debiased(m, v, steps)[1],
+                self._debiased(m, v, ops.maximum(steps, 1))[1],
                 h,
                 values,
                 self.radius,
                 self.relative_radius,
             )
-            for m, v, h, values in slots
+            for m, v, h, values in _slots(state)
         ]
 
     def _state(self) -> list[Any]:
-        """The number of steps so far, and all m, v, ĥ and θ; see `_steps_and_slots`."""
+        """All m, v, ĥ and θ; see `_slots`."""
         if not self.built:
             raise ValueError("The optimizer has not been built: it took no step yet.")
         every = (
@@ -485,7 +486,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             self._curvatures,
             self._trainable_variables,
         )
-        return [self.iterations, *(slot for e in every for slot in self._slots_of(e))]
+        return [slot for entries in every for slot in self._slots_of(entries)]
+
+    def _steps(self) -> Any:
+        """The number of steps so far: no variable where gradients are accumulated."""
+        return self.iterations + 0
 
     def stability_threshold(self) -> float:
         """The curvature, over `preconditioner`, above which steps are unstable.
@@ -556,12 +561,11 @@ class _BetweenSteps:
         return call
 
 
-def _steps_and_slots(state: list[Any]) -> tuple[Any, list[tuple[Any, ...]]]:
-    """The number of steps, at least one, and (m, v, ĥ, θ) of each variable."""
-    steps, *values = state
-    count = len(values) // 4
-    parts = [values[i * count : (i + 1) * count] for i in range(4)]
-    return ops.maximum(steps, 1), list(zip(*parts, strict=True))
+def _slots(state: list[Any]) -> list[tuple[Any, ...]]:
+    """m, v, ĥ and θ of each variable."""
+    count = len(state) // 4
+    parts = [state[i * count : (i + 1) * count] for i in range(4)]
+    return list(zip(*parts, strict=True))
 
 
 def _summed_weights(decay: float, steps: Any, dtype: Any) -> Any:

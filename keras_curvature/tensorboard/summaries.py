@@ -102,7 +102,7 @@ def page_values(record: Mapping[str, Any], step: int) -> Iterator[Value]:
         record: One probe of the monitor.
         step: The first step of those that share the tags.
     """
-    figures = {key: record.get(key) for key in _PAGE_KEYS}
+    figures = {key: record.get(key) for key in PAGE_KEYS}
     for key, value in (record.get("optimizer") or {}).items():
         figures[f"{tags.OPTIMIZER}/{key}"] = value
     yield _of_the_page(
@@ -120,7 +120,7 @@ def page_values(record: Mapping[str, Any], step: int) -> Iterator[Value]:
         yield _of_the_page(f"{tags.PAGE_DENSITY}/{step}", table)
 
 
-_PAGE_KEYS = (*(f.key for f in tags.GLOBAL_FIGURES), *tags.ERROR_KEYS)
+PAGE_KEYS = (*(f.key for f in tags.GLOBAL_FIGURES), *tags.ERROR_KEYS)
 
 
 def _row(figures: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray:

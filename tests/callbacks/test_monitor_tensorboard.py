@@ -69,8 +69,8 @@ def test_the_whole_set_of_tags(tmp_path):
         expected |= {f.of(layer) for f in tags.LAYER_FIGURES}
     for histogram in (tags.LAYER_HISTOGRAM, tags.GRADIENT_HISTOGRAM):
         expected |= {f"{histogram}/{x}" for x in (*layers, tags.WHOLE_MODEL)}
-    # The limit of plain gradient descent, which this is not.
-    expected.remove(tags.TWO_OVER_LEARNING_RATE.tag)
+    # The limit of plain gradient descent, which this is not; and what is on request.
+    expected -= {tags.TWO_OVER_LEARNING_RATE.tag, tags.CRITICAL_SHARPNESS.tag}
     found = tensors(tmp_path / "curvature")
     assert set(found) == expected
     for name in ("trace", "frobenius_norm", "max_eigenvalue"):
