@@ -19,6 +19,7 @@ BENCHMARKS = (
     "small_calls",
     "large_models",
     "architectures",
+    "sequences",
     "critical_sharpness",
 )
 
