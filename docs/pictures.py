@@ -13,15 +13,12 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import io
 import json
-import os
 import pathlib
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -41,7 +38,7 @@ REPORTS = ("optimizer_steps", "optimizer_seconds", "optimizer_learning_rates")
 PICTURES = tuple(f"{name}.png" for name in ("page", *EXAMPLES, *REPORTS))
 
 #: Width and height of the browser's window.
-WINDOW = (1500, 1200)
+WINDOW = "1500,1240"
 
 
 def sources(picture):
@@ -118,65 +115,33 @@ def draw(picture):
 
 
 def draw_page(path):
-    """The page "Curvature", on the runs of the demo, in a browser."""
-    from selenium import webdriver
+    """The page "Curvature" on the runs of the demo, in the browser of its tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from PIL import Image
     from selenium.webdriver.support.ui import WebDriverWait
+    from servers import start_browser, tensorboard_server
 
-    found = [shutil.which(x) for x in ("chromium", "google-chrome", "chromedriver")]
-    if not (found[0] or found[1]) or not found[2]:
-        sys.exit("There is no browser: install chromium and chromium-driver.")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        browser = start_browser(f"{directory}/chromium", WINDOW)
+        if browser is None:
+            sys.exit("There is no browser: install chromium and chromium-driver.")
+        stack.callback(browser.quit)
         logs = pathlib.Path(directory, "logs")
         run("examples/demo.py", "--log-dir", logs)
-        options = webdriver.ChromeOptions()
-        options.binary_location = found[0] or found[1]
-        for flag in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--hide-scrollbars",
-            f"--window-size={WINDOW[0]},{WINDOW[1]}",
-            f"--user-data-dir={directory}/chromium",
-        ):
-            options.add_argument(flag)
-        with tensorboard(logs) as address, contextlib.ExitStack() as stack:
-            service = webdriver.ChromeService(found[2])
-            browser = webdriver.Chrome(options, service)
-            stack.callback(browser.quit)
-            browser.get(f"{address}#curvature")
-            wait = WebDriverWait(browser, 60, 0.2)
-            frame = "iframe[src*='name=curvature']"
-            wait.until(lambda b: b.find_elements("css selector", frame))
-            browser.switch_to.frame(browser.find_element("css selector", frame))
-            ready = "#page[data-state=ready] [data-chart=trace] path.line"
-            wait.until(lambda b: len(b.find_elements("css selector", ready)) == 3)
-            browser.switch_to.default_content()
-            browser.save_screenshot(str(path))
-
-
-@contextlib.contextmanager
-def tensorboard(logs):
-    """A TensorBoard on a directory of logs, and its address."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs)]
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--reload_interval", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    try:
-        for line in process.stderr:
-            if address := re.search(r"http://localhost:\d+/", line):
-                break
-        else:
-            raise RuntimeError("TensorBoard did not start.")
-        # What it says later must not fill the pipe.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield address[0]
-    finally:
-        process.kill()
-        process.wait()
+        server = stack.enter_context(tensorboard_server(logs, load_fast="true"))
+        names = sorted(path.name for path in logs.iterdir())
+        for name in names:
+            server.wait_for_run(f"{name}/curvature")
+        browser.get(f"{server.url}?p.curvature.run={names[-1]}%2Fcurvature#curvature")
+        wait = WebDriverWait(browser, 120, 0.2)
+        frame = "iframe[src*='name=curvature']"
+        found = wait.until(lambda b: b.find_elements("css selector", frame))
+        browser.switch_to.frame(found[0])
+        line = "[data-chart=layer] path.line"
+        wait.until(lambda b: len(b.find_elements("css selector", line)) == len(names))
+        image = Image.open(io.BytesIO(browser.get_screenshot_as_png()))
+        # Few colours are on it, and a palette takes a third of the bytes.
+        image.convert("RGB").quantize(192).save(path, optimize=True)
 
 
 def main():

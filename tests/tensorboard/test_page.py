@@ -1,11 +1,9 @@
 """The page "Curvature" in a real browser, on a real TensorBoard."""
 
 import csv
-import importlib.util
 import io
 import json
 import math
-import pathlib
 import re
 import shutil
 import time
@@ -591,16 +589,6 @@ def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
         "block_2/norm": "block_7/norm",
         "extra": None,
     }
-
-
-def test_the_picture_in_the_readme_is_of_this_page():
-    """If this fails, `python docs/page.py` makes it anew."""
-    image = pytest.importorskip("PIL.Image")
-    path = pathlib.Path(__file__).parents[2] / "docs" / "page.py"
-    spec = importlib.util.spec_from_file_location("page", path)
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    assert image.open(made.PICTURE).text[made.KEY] == made.digest()
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
