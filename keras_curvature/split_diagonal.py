@@ -58,8 +58,8 @@ class SplitMoments:
 
         A backward pass costs about half of a product: the first part gets as many
         passes as the budget has products, or is exact where that takes no more than
-        twice as many; the second part gets half of the budget. Below four products
-        nothing is left for the second part, and no error can be given.
+        twice as many; the second part gets half of the budget. Below four products no
+        error can be given, and a shrunk diagonal is that of the first part alone.
 
         Args:
             budget: number of products, or what costs as much.
@@ -70,7 +70,7 @@ class SplitMoments:
         """
         going = _Going(progress, budget)
         spent = budget if tolerance is None else min(budget, MINIMUM_SAMPLES)
-        exact, passes = None, _passes(budget)
+        exact, passes = None, _passes(budget, shrink)
         if self.parts.num_outputs <= 2 * passes:
             passes = int(self.parts.num_outputs)
             exact = self.parts.exact_gauss_newton()
@@ -82,8 +82,8 @@ class SplitMoments:
             if exact is not None:
                 quiet = estimators.exact_part(exact, self._sizes)
             else:
-                quiet = g.drawn(_passes(spent), going.with_price(0.5))
-            products = spent // 2 if spent >= 2 * _TRIED else 0
+                quiet = g.drawn(_passes(spent, shrink), going.with_price(0.5))
+            products = spent // 2 if spent >= 2 * _TRIED else int(not shrink)
             counts = _shared(products, len(rest)) if products else [0] * len(rest)
             noisy = [
                 samples.drawn(count, going.with_price(1.0), quiet.mean)
@@ -170,13 +170,15 @@ def _precise(moments: Moments, tolerance: float | None) -> bool:
     return tolerance is not None and error is not None and error <= tolerance
 
 
-def _passes(budget: int) -> int:
-    """Backward passes of the first part: all of the budget where it is small."""
-    return budget if budget >= 2 * _TRIED else 2 * budget
+def _passes(budget: int, shrink: bool) -> int:
+    """Backward passes of the first part: all of the budget where nothing else is."""
+    return 2 * budget if shrink and budget < 2 * _TRIED else budget
 
 
 def _shared(count: int, kinds: int) -> list[int]:
-    """As many samples of each kind, two at least."""
+    """As many samples of each kind, two at least; one in all of the first kind."""
+    if count == 1:
+        return [1] + [0] * (kinds - 1)
     return [max(2, (count + k) // kinds) for k in range(kinds)]
 
 

@@ -72,10 +72,7 @@ class ThroughStatistics:
         return sample
 
     def _direction(self, signs: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
-        """Statistics are moved in their units.
-
-        Then a sample does not depend on the scale of what is normalized.
-        """
+        """Statistics are moved in their units, see `_units`."""
         units = self._units
         return {n: v * units[n] if n in units else v for n, v in signs.items()}
 

@@ -152,3 +152,16 @@ def test_layers_that_are_known_by_name():
     np.testing.assert_allclose(
         diagonal, expected, rtol=0, atol=2e-5 * np.abs(expected).max()
     )
+
+
+def test_a_small_budget():
+    """One sample has no error, but no bias either."""
+    found = probed_cases.probed("mlp_gelu")
+    few = [
+        kc.hessian_trace(found.op, method="split", num_matvecs=2, seed=seed)
+        for seed in range(48)
+    ]
+    assert {one.standard_error for one in few} == {None}
+    values = np.array([one.value for one in few])
+    error = values.std(ddof=1) / 48**0.5
+    assert abs(values.mean() - np.trace(found.dense)) <= 4 * error + 1e-5
