@@ -25,6 +25,7 @@ SECTIONS = {
         kc.hessian_matrix,
         kc.curvature_summary,
         kc.suggest_learning_rate,
+        kc.critical_sharpness,
     ],
     "What is returned": [
         kc.Estimate,

@@ -55,6 +55,8 @@ def synthetic_record(step, seed=0, layers=LAYERS, learning_rate=0.05, stiffness=
         "hessian_max_eigenvalue_error": 0.02 * sharpness,
         "hessian_preconditioned_max_eigenvalue": 30 * sharpness,
         "hessian_preconditioned_max_eigenvalue_error": sharpness,
+        "critical_sharpness": 20 * sharpness,
+        "critical_sharpness_error": sharpness,
         "stability_threshold": 38 / learning_rate,
         "stability_ratio": 30 * sharpness * learning_rate / 38,
         "gradient_norm": 0.4 * math.exp(-step / 800),

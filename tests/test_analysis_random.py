@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_curvature as kc
-from keras_curvature import analysis
+from keras_curvature import diagonal
 
 if keras.backend.backend() != "tensorflow":
     # Elsewhere Keras computes in float32: see `operators/test_hessian_anywhere.py`.
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("module_float64")
 @pytest.fixture(autouse=True)
 def without_control_variate(monkeypatch):
     """Of the last layer it leaves nothing that could be random."""
-    monkeypatch.setattr(analysis, "CONTROL_PASSES", 0)
+    monkeypatch.setattr(diagonal, "CONTROL_PASSES", 0)
 
 
 #: Every random way to a figure.

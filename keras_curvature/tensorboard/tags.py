@@ -219,6 +219,7 @@ ERROR_KEYS = (
     "hessian_frobenius_norm_standard_error",
     "hessian_max_eigenvalue_error",
     "hessian_preconditioned_max_eigenvalue_error",
+    "critical_sharpness_error",
 )
 """Errors of the figures: on the page as such, elsewhere in the bands."""
 
