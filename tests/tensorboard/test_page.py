@@ -165,7 +165,7 @@ class Page:
 
     def lines_of(self, chart, expected):
         """Waits for the curves of figures that are read when they are asked for."""
-        self.until(lambda: self.lines(chart) == expected, seconds=10)
+        self.until(lambda: self.lines(chart) == expected)
 
     def lines(self, chart):
         return [
@@ -468,7 +468,7 @@ def test_arrow_keys_go_from_row_to_row_and_from_step_to_step(page):
 
 def test_distributions_over_steps(page):
     for chart, columns in (("density", 2), ("histogram", 10)):
-        page.until(lambda c=chart: page.all(f"[data-chart={c}] rect"), seconds=10)
+        page.until(lambda c=chart: page.all(f"[data-chart={c}] rect"))
         steps = page.texts(f"[data-chart={chart}] .tick[text-anchor=middle]")
         assert steps[0] == "0" and 1 < len(steps) <= columns
     assert "logits" in page.text("[data-chart=gradient_histogram] h3")
@@ -477,7 +477,7 @@ def test_distributions_over_steps(page):
 def test_what_changed_between_two_runs(page):
     versus = page.one("#versus")
     versus.send_keys("sgd")
-    page.until(lambda: page.all(".change"), seconds=10)
+    page.until(lambda: page.all(".change"))
     here, there = (run_of(name, STEPS[-1])["layers"] for name in ("newton", "sgd"))
     ratios = {
         a["name"]: a["diagonal_mean"] / b["diagonal_mean"]
@@ -549,7 +549,7 @@ def test_many_layers_fold_and_many_runs_have_short_names(browser, serve, tmp_pat
         assert sorted(shown) == sorted(f"rate={0.1 * (i + 1):.1f}" for i in range(10))
         assert len(page.lines("trace")) == 6
         page.one("#all-runs").click()
-        page.until(lambda: len(page.lines("trace")) == 10, seconds=10)
+        page.until(lambda: len(page.lines("trace")) == 10)
         # Beyond eight runs colours come again, with another stroke.
         dashed = page.all("[data-chart=trace] path.line[stroke-dasharray]")
         assert len(dashed) == 2

@@ -20,6 +20,7 @@ GLOBAL = {
     "hessian/frobenius_norm",
     "hessian/max_eigenvalue",
     "hessian/stability_ratio",
+    "hessian/critical_sharpness",
     "stability/preconditioned_max_eigenvalue",
     "stability/threshold",
     "stability/two_over_learning_rate",
@@ -84,6 +85,7 @@ def test_the_whole_set_of_tags(tmp_path, per_variable):
     groups = [group for group in groups if not group.startswith("curvature_")]
     assert groups[0] == "hessian"
     assert sorted(tag for tag in expected if tag.startswith("hessian/")) == [
+        "hessian/critical_sharpness",
         "hessian/frobenius_norm",
         "hessian/max_eigenvalue",
         "hessian/stability_ratio",
