@@ -12,6 +12,8 @@ import time
 import urllib.parse
 import urllib.request
 
+from patience import PATIENCE
+
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -37,19 +39,19 @@ class Server:
         address = f"{self.url}data/{route}"
         if query:
             address += "?" + urllib.parse.urlencode(query)
-        with urllib.request.urlopen(address, timeout=20) as response:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as response:
             body = response.read()
             kind = response.headers["Content-Type"]
         return json.loads(body) if kind.startswith("application/json") else body
 
-    def wait_for_run(self, run, seconds=40):
-        """Returns when the server has read something of a run."""
-        end = time.monotonic() + seconds
+    def wait_for_run(self, run, shown=True):
+        """Returns when the server has read something of a run, or forgotten it."""
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            if run in self.get("runs"):
+            if (run in self.get("runs")) == shown:
                 return
             time.sleep(0.2)
-        raise TimeoutError(f"TensorBoard shows no run {run!r}: {self.get('runs')}")
+        raise TimeoutError(f"Waited for {run!r}; TensorBoard has {self.get('runs')}")
 
 
 @contextlib.contextmanager
