@@ -128,8 +128,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
             at, which takes two gradients and the memory of two parameter vectors.
         spectral_density: whether the density of all eigenvalues is estimated at every
             probe, or at every n-th for a number n; the page in TensorBoard shows it.
-            Takes 64 products (32 Lanczos steps from each of 2 random vectors) and
-            the memory of 64 times the parameters. Defaults to `False`.
+            Takes 64 products (32 Lanczos steps from each of 2 random vectors), and
+            for small models the memory of 32 times the parameters. Defaults to
+            `False`.
         max_overhead: share of the wall-clock time that probes may take, such as
             0.05. Then `update_freq` is the least number of batches between probes;
             they are spaced, and get fewer products, as the clock demands. The time
