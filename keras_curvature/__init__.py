@@ -70,15 +70,17 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    is_room = name in {room.partition(".")[0] for room in _ROOMS.values()}
+    if not (is_room or name in _ROOMS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
+        room = importlib.import_module(f"{__name__}.{_ROOMS.get(name, name)}")
     except (ImportError, ValueError) as error:
         # Keras runs on a backend that is not ours, or not at all.
         raise ImportError(f"{__name__}.{name}: {error}") from error
-    globals()[name] = getattr(room, name)
-    return globals()[name]
+    if not is_room:
+        globals()[name] = getattr(room, name)
+    return room if is_room else globals()[name]
 
 
 def __dir__() -> list[str]:

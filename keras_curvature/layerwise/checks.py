@@ -1,6 +1,5 @@
 """What only numbers tell of a model's layers: two questions, asked once."""
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -42,26 +41,26 @@ def find_structure(evaluation: Evaluation) -> Structure:
         ValueError: for the loss of a plain function.
     """
     structure, not_linear = survey(evaluation)
-    if not structure.uses:
+    opened = structure.of_first_order
+    if not opened.uses:
         _warn(not_linear)
         return structure
 
     def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
-        errors = jacobian_errors(structure, state, batch, key)
+        errors = jacobian_errors(opened, state, batch, key)
         if tree.flatten(batch)[0].shape[0] == 1:
             # A sample beside itself, to tell whether it would feel another one.
             batch = tree.map_structure(_twice, batch)
-        return leak(structure, state, batch, key), errors
+        return leak(opened, state, batch, key), errors
 
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
     errors = ops.convert_to_numpy(errors)
-    wrong = {n for n, e in zip(structure.layers, errors, strict=True) if e > TOLERANCE}
-    _warn([*not_linear, *(structure.layers[number][0] for number in sorted(wrong))])
-    structure = structure.without(wrong)
+    wrong = {n for n, e in zip(opened.layers, errors, strict=True) if e > TOLERANCE}
+    _warn([*not_linear, *(opened.layers[number][0] for number in sorted(wrong))])
     # Independent samples leak an exact zero, but for sums over the batch that cancel;
     # real interaction is orders above.
     interact = bool(ops.convert_to_numpy(leaked) > LEAK)
-    return dataclasses.replace(structure, samples_interact=interact)
+    return structure.without(wrong).replaced(samples_interact=interact)
 
 
 def _warn(layers: list[Any]) -> None:
