@@ -3,9 +3,10 @@
     python benchmarks/architectures.py [NAME …]
 
 Those of keras.applications are made for 32×32 pixels (or what they take) and three
-classes, those of `tests/small_architectures.py` as small as they can be. The dense
-Hessian that diagonals are compared with is that of a few small variables where there are
-more than a thousand parameters. Each is measured in a process of its own, and its row takes the place of the one that was there.
+classes, those of `tests/small_architectures.py` as small as they can be. Each is
+measured in a process of its own, and its row takes the place of the one that was there.
+Diagonals are compared with the dense Hessian, that of a few small variables where there
+are more than a thousand parameters.
 """
 
 import json
