@@ -281,6 +281,8 @@ def test_noise_in_the_outputs_costs_what_the_diagonal_says():
     """`½ Σ h σ²`, tried with noise in the shifts of the other model."""
     found = Found(mlp)
     estimate = kc.activation_curvature(found.op)
+    # Few outputs: exact by itself.
+    assert estimate.relative_standard_error == 0 and estimate.num_matvecs == 10
     told = 0.5 * sum(h.sum() for h in estimate.value.values()) * 1e-4
     op, rng = found.matrix["tape"], np.random.default_rng(0)
     rises = []
