@@ -1,6 +1,6 @@
 // Layers over steps: one row a layer or a group of them, one column a probe.
 
-import {html, hideTooltip, showTooltip} from './elements.js';
+import {followWidth, html, hideTooltip, showTooltip} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError, logTicks} from './format.js';
 import {viridis, viridisParts} from './palette.js';
 
@@ -73,7 +73,7 @@ export class HeatMap {
       html('div', {class: 'under'}, html('div', {class: 'step-title'}, 'step'), this.axis),
       this.legend);
     this.pointer = null;
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.width = followWidth(this.plot, () => this.draw());
   }
 
   /**
@@ -112,7 +112,7 @@ export class HeatMap {
   }
 
   draw() {
-    const width = this.plot.clientWidth;
+    const width = this.width();
     if (!this.rows || width < 40) return;
     const [first, last] = this.columns;
     const count = last - first + 1;

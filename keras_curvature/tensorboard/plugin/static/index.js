@@ -7,13 +7,14 @@ import {
   csvAddress, fetchDensity, fetchHistogram, fetchLayer, fetchLayers, fetchRuns, fetchTable,
   FIGURES, firstOf, lastOf, median, stabilityOf, styleAddress,
 } from './data.js';
-import {help, html} from './elements.js';
+import {help, html, isShown} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError} from './format.js';
 import {colourScale, HeatMap} from './heat_map.js';
 import {HELP} from './help.js';
 import {followTheme, onReload} from './host.js';
 import {commonPrefix, groupsOf, matched, together} from './layers.js';
 import {runColour, runStroke} from './palette.js';
+import {remembered} from './remembered.js';
 import {readState, writeState} from './state.js';
 import {Strata} from './strata.js';
 
@@ -68,6 +69,7 @@ class Page {
     this.histograms = new Arrivals(fetchHistogram, soon);
     this.arrivals = [this.matrices, this.layerFigures, this.densities, this.histograms];
     this.built = new Map();
+    [this.drawn, this.cost] = [0, 0];  // When it was drawn last, and how long that took.
     this.restore(readState());
     this.build();
   }
@@ -212,10 +214,12 @@ class Page {
 
   drawSoon() {
     if (this.drawing) return;
-    this.drawing = requestAnimationFrame(() => {
+    // Of many things that arrive not each is drawn: it would be the next one's delay.
+    const pause = Math.max(0, this.drawn + 2 * this.cost - performance.now());
+    this.drawing = setTimeout(() => requestAnimationFrame(() => {
       this.drawing = null;
       this.draw();
-    });
+    }), pause);
   }
 
   async refresh() {
@@ -305,6 +309,13 @@ class Page {
 
   /** What is on the page follows from the fields above, and from nothing else. */
   draw() {
+    const start = performance.now();
+    this.fill();
+    this.drawn = performance.now();
+    this.cost = this.drawn - start;
+  }
+
+  fill() {
     const table = this.tables.get(this.focus);
     const filled = table && table.steps.length > 0;
     const state = filled ? 'ready' : this.compared === null ? 'loading'
@@ -483,7 +494,12 @@ class Page {
     const folded = groups.every(({name}) => !name || this.isFolded(name));
     this.foldAll.textContent = folded ? 'Unfold all' : 'Fold all';
     this.sortChoice.value = this.sort;
-    const shown = rows === undefined ? [] : this.mapRows(table, rows, groups);
+    // Asked for at once, not when the figures are there.
+    const errors = this.figure.error ? this.rowsOf(this.focus, this.figure.error) : null;
+    const seen = [table, rows, errors, this.figure, this.layer, this.sort,
+      this.wantedLayers, this.zoom, groups.map(({name}) => this.isFolded(name)).join()];
+    if (isShown(this.heatMap, seen)) return;
+    const shown = rows === undefined ? [] : this.mapRows(table, rows, errors, groups);
     let [first, last] = [0, table.steps.length - 1];
     if (this.zoom) {
       const inside = table.steps.map((step, i) => [step, i])
@@ -497,8 +513,7 @@ class Page {
         : shown.length ? null : 'No layer has this in its name.'});
   }
 
-  mapRows(table, rows, groups) {
-    const errors = this.figure.error ? this.rowsOf(this.focus, this.figure.error) : null;
+  mapRows(table, rows, errors, groups) {
     const wanted = this.wantedLayers.toLowerCase();
     const one = (row, level) => ({
       name: table.layers[row], label: table.layers[row], values: rows[row],
@@ -605,8 +620,7 @@ class Page {
       this.density.update({
         title: `Density of all eigenvalues · ${name}`, axis: 'eigenvalue', zoom: this.zoom,
         says: 'share of the eigenvalues', absent: 'Reading …',
-        columns: (found ?? []).map(({step, grid, density}) => ({
-          step, bins: grid.slice(1).map((high, i) => [grid[i], high, density[i]])})),
+        columns: columnsOf(found ?? NOTHING),
       });
     }
     for (const [pane, group, what] of [
@@ -621,7 +635,7 @@ class Page {
       pane.update({
         title: `Entries of the ${what} · ${of} · ${name}`, signedLog: true, zoom: this.zoom,
         axis: 'signed logarithm', says: 'share of the entries', absent: 'Reading …',
-        columns: this.histograms.get([run, tag, table.num_probes], run, tag) ?? [],
+        columns: this.histograms.get([run, tag, table.num_probes], run, tag) ?? NOTHING,
       });
     }
   }
@@ -674,6 +688,12 @@ class Page {
     for (const chart of Object.values(this.curves)) chart.mark(step);
   }
 }
+
+const NOTHING = [];
+
+/** Densities as columns of bins. */
+const columnsOf = remembered((densities) => densities.map(({step, grid, density}) => ({
+  step, bins: grid.slice(1).map((high, i) => [grid[i], high, density[i]])})));
 
 function tileOf(label, key, text) {
   return html(
