@@ -114,7 +114,9 @@ class CurvaturePlugin(base_plugin.TBPlugin):
         if key in run.layer_keys:
             values = self._reader.layers(ctx, experiment, name)
             shown = _shown(request, run)
-            rows = values[shown, :, tags.LAYER_KEYS.index(key)].T.astype("<f4").tobytes()
+            rows = (
+                values[shown, :, tags.LAYER_KEYS.index(key)].T.astype("<f4").tobytes()
+            )
         return http_util.Respond(request, rows, "application/octet-stream")
 
     def _layer(self, request: Request, ctx: Any, experiment: str) -> Response:

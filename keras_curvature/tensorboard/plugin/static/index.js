@@ -233,9 +233,11 @@ class Page {
         this.compared.has(run) || run === this.focus || run === this.versus;
       const unread = this.runs.filter(wanted)
         .filter(({run, last_step: last}) => this.tables.get(run)?.readUpTo !== last);
-      // The run in the map first: it is what one looks at.
-      unread.sort((a, b) => (b.run === this.focus) - (a.run === this.focus));
-      await Promise.all(unread.map(({run, last_step: last}) => this.read(run, last)));
+      // The run in the map first, for its layers are asked for when it is known.
+      const read = ({run, last_step: last}) => this.read(run, last);
+      const inMap = ({run}) => run === this.focus;
+      await Promise.all(unread.filter(inMap).map(read));
+      await Promise.all(unread.filter((one) => !inMap(one)).map(read));
       changed = unread.length > 0 || JSON.stringify(this.runs) !== before ||
         this.node.dataset.state === 'loading';
       this.problem.hidden = true;
