@@ -629,6 +629,44 @@ def test_long_runs_of_deep_models_open_and_are_complete(browser, serve, tmp_path
         browser.get("about:blank")
 
 
+def test_narrow_windows_have_one_column_that_scrolls_as_a_whole(page, server):
+    size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        # Without TensorBoard's own bar around it.
+        page.browser.switch_to.default_content()
+        page.browser.get(f"{server.url}data/plugin_entry.html?name=curvature")
+        page.until(lambda: page.all(".content[aria-busy=false] .row-label"))
+        script = """
+            const box = (name) => document.querySelector(name).getBoundingClientRect();
+            const wide = [...document.querySelectorAll('#page *')].filter((node) =>
+              node.getBoundingClientRect().right > innerWidth);
+            return [wide.length, box('main').top - box('aside').bottom,
+              document.documentElement.scrollHeight > 2 * innerHeight];
+        """
+        assert page.browser.execute_script(script) == [0, 0, True]
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_what_is_being_read_is_not_said_to_be_missing(page, server):
+    page.browser.execute_cdp_cmd("Network.enable", {})
+    hold = {"urls": ["*plugin/curvature/layers?*"]}
+    page.browser.execute_cdp_cmd("Network.setBlockedURLs", hold)
+    try:
+        page.browser.switch_to.default_content()
+        page.browser.get(f"{server.url}data/plugin_entry.html?name=curvature")
+        page.until(lambda: page.all("#page[data-state=ready]"))
+        page.until(lambda: page.text("[data-chart=layer] .note") == "Reading …")
+        assert page.text("#heat-map .note-line") == "Reading the layers …"
+        # No colours and no steps of nothing.
+        assert not page.one(".legend").is_displayed()
+        assert not page.one(".under").is_displayed()
+    finally:
+        page.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        page.browser.get_log("browser")
+
+
 def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
     """By name if there is one, or else by place among names that are alike."""
     script = """

@@ -334,7 +334,7 @@ class Page {
     }
     this.drawSummary(table, rows);
     this.drawHeatMap(table, rows);
-    this.drawCurves();
+    this.drawCurves(rows === undefined);
     this.drawStrata(table);
     this.drawComparison(table, rows);
     const waiting = this.arrivals.some((one) => one.waiting > 0);
@@ -538,7 +538,7 @@ class Page {
     return found.sort((a, b) => by(b) - by(a));
   }
 
-  drawCurves() {
+  drawCurves(reading) {
     const shown = this.shown();
     const share = this.figure.scale === 'share';
     const common = {
@@ -548,7 +548,8 @@ class Page {
     const waiting = [];
     this.curves.layer.update({
       ...common,
-      title: `${this.figure.label} · ${this.layer ?? 'no layer'}`,
+      title: this.figure.label +
+        (this.layer ? ` · ${this.layer}` : reading ? '' : ' · no layer'),
       axis: this.figure.label.toLowerCase(),
       logarithmic: this.logarithmic && !share,
       format: share ? formatShare : formatNumber,
@@ -563,7 +564,7 @@ class Page {
           values: figures?.[this.figure.key], errors: figures?.[this.figure.error],
           factor: 2});
       }),
-      absent: waiting.length ? 'Reading …'
+      absent: waiting.length || reading ? 'Reading …'
         : 'The chosen runs have no such figure for this layer.',
     });
     this.curves.stability.update({
