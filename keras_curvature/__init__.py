@@ -19,6 +19,7 @@ __all__ = [
     "Estimate",
     "HessianOperator",
     "LayerRule",
+    "activation_curvature",
     "critical_sharpness",
     "curvature_summary",
     "hessian_diagonal",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from keras_curvature.activations import activation_curvature
     from keras_curvature.analysis import (
         hessian_diagonal,
         hessian_frobenius_norm,
@@ -56,6 +58,7 @@ _ROOMS = {
     "Estimate": "estimators",
     "HessianOperator": "operators",
     "LayerRule": "layerwise.rules",
+    "activation_curvature": "activations",
     "critical_sharpness": "critical",
     "curvature_summary": "report",
     "hessian_diagonal": "analysis",

@@ -15,7 +15,7 @@ from keras_curvature.layerwise.recording import (
     OpenedLoss,
     random_like,
 )
-from keras_curvature.layerwise.structure import Structure, survey
+from keras_curvature.layerwise.structure import Structure, survey, survey_outputs
 from keras_curvature.loss import State
 
 #: Relative size of the leak between samples beyond which they count as interacting.
@@ -61,6 +61,41 @@ def find_structure(evaluation: Evaluation) -> Structure:
     # real interaction is orders above.
     interact = bool(ops.convert_to_numpy(leaked) > LEAK)
     return structure.without(wrong).replaced(samples_interact=interact)
+
+
+def find_outputs(evaluation: Evaluation) -> Structure:
+    """Finds out at which outputs of a model's layers curvature can be had.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Returns:
+        A `Structure` of all uses of layers with a rule, without statistics: where they
+        couple samples it says that samples interact.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    structure, left_out = survey_outputs(evaluation)
+    if left_out:
+        warnings.warn(
+            "The outputs of these layers are left out: they have no row for each "
+            "sample, or are computed from other values than the layer's variables: "
+            f"{', '.join(layer.path for layer in left_out)}.",
+            stacklevel=4,
+        )
+    if not structure.uses:
+        return structure
+
+    def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
+        if tree.flatten(batch)[0].shape[0] == 1:
+            batch = tree.map_structure(_twice, batch)
+        leaked = leak(structure, state, batch, key)
+        return leaked, leaked
+
+    leaked, _ = evaluation.at_first(check, backend.array([0, 0], "int32"))
+    interact = bool(ops.convert_to_numpy(leaked) > LEAK)
+    return structure.replaced(samples_interact=interact)
 
 
 def _warn(layers: list[Any]) -> None:

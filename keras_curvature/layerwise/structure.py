@@ -206,15 +206,17 @@ def num_samples(batch: Batch) -> Any:
     return ops.shape(next(t for t in tree.flatten(batch) if t is not None))[0]
 
 
-def rules_for(loss: TrainingLoss) -> dict[int, tuple[Any, LayerRule]]:
-    """The layers that a rule covers and that hold a variable of the loss."""
+def rules_for(
+    loss: TrainingLoss, every: bool = False
+) -> dict[int, tuple[Any, LayerRule]]:
+    """The layers that a rule covers and that hold a variable of the loss; or all."""
     asked = {id(v) for v in loss.variables}
     layers = keras_internals.flat_layers(loss.model, include_self=True)
     found = [(layer, rule_for(layer)) for layer in layers]
     return {
         number: (layer, rule)
         for number, (layer, rule) in enumerate(found)
-        if rule and any(id(v) in asked for v in rule.variables(layer))
+        if rule and (every or any(id(v) in asked for v in rule.variables(layer)))
     }
 
 
@@ -235,10 +237,34 @@ def survey(evaluation: Evaluation) -> tuple[Structure, list[Any]]:
     return found.structure(), found.not_linear()
 
 
-class _Survey:
-    """Runs the loss once in the abstract, and asks what came from what."""
+def survey_outputs(evaluation: Evaluation) -> tuple[Structure, list[Any]]:
+    """The layers' outputs for their own sake, whatever the variables do elsewhere.
 
-    def __init__(self, evaluation: Evaluation):
+    Frozen layers count, and so do uses that feed each other. Nothing is known of how
+    samples meet in the structure: it has no statistics.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Returns:
+        What is known, and the layers that are left out of it: whose outputs have no
+        row for each sample, or that compute with other values than the variables'.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    return _Survey(evaluation, every=True).outputs()
+
+
+class _Survey:
+    """Runs the loss once in the abstract, and asks what came from what.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+        every: whether layers are opened that hold no variable of the loss.
+    """
+
+    def __init__(self, evaluation: Evaluation, every: bool = False):
         loss = evaluation.loss
         if not isinstance(loss, TrainingLoss):
             raise ValueError(
@@ -246,7 +272,7 @@ class _Survey:
                 f"function, {loss!r}. Use an exact method or Hutchinson's."
             )
         self._loss = loss
-        self._layers = rules_for(loss)
+        self._layers = rules_for(loss, every)
         self._number = {id(v): i for i, v in enumerate(loss.variables)}
         self._met: dict[Place, Met] = {}
         self._given: list[Given] = []
@@ -383,6 +409,35 @@ class _Survey:
             self._statistics,
         )
 
+    def outputs(self) -> tuple[Structure, list[Any]]:
+        """See `survey_outputs`."""
+        uses, left_out = [], list[Any]()
+        for (place, use), met, output in zip(
+            self._uses.items(),
+            self._met.values(),
+            self._origins["places"],
+            strict=True,
+        ):
+            if self._rows_are_samples(use, output) and not met.reassigned:
+                uses.append(self._uses[place])
+            elif use.layer not in left_out:
+                left_out.append(use.layer)
+        structure = Structure(self._loss, tuple(uses), (), (), (), self._signature, {})
+        return structure, left_out
+
+    def _rows_are_samples(self, use: Use, origin: frozenset[int]) -> bool:
+        """Whether an output has a row for each sample.
+
+        It has not if it is computed from constants alone (an embedding of the
+        positions), or if its rows are something else.
+        """
+        from_samples = origin & self._batch_at or use.rule.rows_are_samples
+        return bool(from_samples) and (
+            not use.output.shape
+            or use.output.shape[0] is None
+            or use.output.shape[0] == self._samples
+        )
+
     def not_linear(self) -> list[Any]:
         """Layers whose paths depend on a variable that nothing they received does."""
         return [
@@ -417,14 +472,7 @@ class _Survey:
         unsound = asked - found - self._loss.findings.unconnected
         acting = self._acting_directly()
         for use, met, reached, output in self._rows():
-            # The output is computed from constants alone (an embedding of the
-            # positions), or its rows are something else than samples.
-            from_samples = output & self._batch_at or use.rule.rows_are_samples
-            rows_are_samples = bool(from_samples) and (
-                not use.output.shape
-                or use.output.shape[0] is None
-                or use.output.shape[0] == self._samples
-            )
+            rows_are_samples = self._rows_are_samples(use, output)
             for i in use.variables:
                 reassigned = id(self._loss.variables[i]) in met.reassigned
                 moved = i in acting and i in reached
