@@ -50,6 +50,13 @@ _LIKELY, _POSSIBLE = 0.05, 0.3
 #: Likely size of what is relative to g: slopes, and the squares above.
 _SCALE = 0.3
 
+#: Slopes beyond count as this: where g is next to nothing, r over g tells nothing.
+_STEEPEST = 3.0
+
+#: Blocks whose entries of g are smaller, relative to the largest block's, have no g to
+#: compare r with: it may be rounding.
+_NO_G = 1e-6
+
 #: Blocks of fewer entries, times degrees of freedom in each, tell nothing of
 #: themselves: their noise may be far from what it seems.
 _TELLING = 12
@@ -180,7 +187,10 @@ def summed(
         measured = _measure(block_sizes)(
             [part.mean for part in parts], [part.error for part in parts]
         )
-        sums = _Sums(**{name: to_host(x) for name, x in measured.items()})
+        sums = _Sums(
+            **{name: to_host(x) for name, x in measured.items()},
+            sizes=np.array(block_sizes),
+        )
         weights, common = sums.weights(), sums.relative_noise
         if shrink:
             degrees = sum(part.count - 1 for part in noisy)
@@ -298,15 +308,24 @@ class _Sums:
         products: of the means of all parts with each other, g first, `(parts, blocks,
             parts)`.
         noise: squared errors of each part, `(blocks, parts)`.
+        sizes: number of entries of each block.
     """
 
     products: _Array
     noise: _Array
+    sizes: NDArray[np.int_]
 
     @property
     def squares(self) -> _Array:
         """`‖g‖²` by block."""
         return self.products[0, :, 0]
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether there is some g in a block."""
+        means = self.squares / np.maximum(self.sizes, 1)
+        known: NDArray[np.bool_] = means > _NO_G**2 * means.max(initial=0)
+        return known
 
     @property
     def relative_noise(self) -> _Array:
@@ -350,7 +369,7 @@ class _Sums:
         squares, noise = self.squares, self.noise_of(weights)
         column = np.concatenate([-slope[None], weights])
         distance = np.einsum("kb,kbl,lb->b", column, self.products, column)
-        known = squares > 0
+        known = self.known
         scale = np.where(known, squares, 1)
         relative = (distance - noise) / scale
         doubt = 2 * noise * (noise + 2 * np.maximum(distance - noise, 0)) / effective
@@ -384,13 +403,13 @@ def _slopes(
         degrees += part.count - 1
     # Were all entries independent, the slope would have their variance over `‖g‖²`.
     noise, squares = sums.noise_of(weights), sums.squares
-    seen = (noise > 0) & (squares > 0)
+    seen = (noise > 0) & sums.known
     alone = np.where(seen, noise / np.where(seen, squares, 1), 0)
     share = np.where(seen, spread / np.where(seen, alone, 1), 0)
     common = share[seen].mean() if seen.any() else 0.0
     share = (degrees * share + _COMMON * common) / (degrees + _COMMON)
     variance = np.where(seen & telling, share * alone, np.inf)
-    slope, error = random_effects(own, variance)
+    slope, error = random_effects(np.clip(own, -_STEEPEST, _STEEPEST), variance)
     effective = 1 / np.clip(share, 1e-9, 1)
     return np.where(seen, slope, 0), np.where(seen, error, 0), effective
 

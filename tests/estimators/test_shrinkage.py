@@ -19,7 +19,7 @@ class Truth:
         self.g = rng.exponential(size=sum(SIZES)) * np.repeat([1, 5, 0.2, 3, 1], SIZES)
         own = rest * rng.standard_normal(len(self.g))
         self.r = (slope + own) * self.g
-        self.noise = noise
+        self.noise, self.spread = noise, self.g
 
     def parts(self, passes=8, kinds=((4, 1.0),)):
         g = PartSamples(self._draw(self.g, 0.3), SIZES).drawn(passes, lambda n: True)
@@ -35,7 +35,9 @@ class Truth:
         def draw(start, width):
             shape = len(mean), width
             signs = self.rng.standard_normal(shape)
-            return ops.cast(mean[:, None] + noise * self.g[:, None] * signs, "float32")
+            return ops.cast(
+                mean[:, None] + noise * self.spread[:, None] * signs, "float32"
+            )
 
         return draw
 
@@ -81,6 +83,24 @@ def test_errors_cover_the_truth(noise, shrink):
         beyond.append(np.mean(distance > 6 * error(found)))
     assert 0.92 <= np.mean(within) <= 1
     assert np.mean(beyond) < 0.01
+
+
+@pytest.mark.parametrize("dead", [1e-16, 1e-7, 1e-4])
+def test_a_part_that_vanishes_tells_nothing_of_other_blocks(dead):
+    """A layer behind one that is dead has a g of rounding, and any r over it."""
+    truth, start = Truth(0, 1.0), sum(SIZES[:-1])
+    truth.g[:start] *= dead
+    truth.r[:start] = 1e-3
+    truth.spread = np.full_like(truth.g, 1e-3)
+    rounded = truth.g.copy()
+    truth.spread[:start] = 0.3 * truth.g[:start]
+    g = PartSamples(truth._draw(rounded, 1.0), SIZES).drawn(8, lambda n: True)
+    truth.spread = np.full_like(truth.g, 1e-3)
+    rest = PartSamples(truth._draw(truth.r, 1.0), SIZES).drawn(
+        2, lambda n: True, g.mean
+    )
+    found = value(summed(g, [rest], 8, SIZES).diagonal)
+    assert np.abs(found - truth.g - truth.r).max() < 0.02 * truth.g[-1]
 
 
 def test_without_shrinking_there_is_no_bias():
