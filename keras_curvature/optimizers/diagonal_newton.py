@@ -12,13 +12,23 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_curvature.optimizers.trust_region import damped_curvature, newton_direction
+from keras_curvature.optimizers import layer_axes
+from keras_curvature.optimizers.trust_region import (
+    damped_curvature,
+    newton_direction,
+    trust_radius,
+)
 
 #: Decay of the average of squared gradients: Adam's default, a memory of 1 000 steps.
 GRADIENT_DECAY = 0.999
 
 #: Share of the newest gradient in a step; the rest is its average.
 NEWEST = 0.5
+
+#: Decay of the averages of `G Gᵀ` and `Gᵀ G` per step, and the steps between two
+#: renewals of their axes.
+MOMENT_DECAY = 0.95
+RENEWAL = 10
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
@@ -128,6 +138,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         beta_2: float = 0.95,
         radius: float | None = 0.1,
         relative_radius: float = 0.3,
+        axes: str | None = None,
         weight_decay: float | None = None,
         clipnorm: float | None = None,
         clipvalue: float | None = None,
@@ -169,6 +180,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 "`relative_radius` must be at least 0. "
                 f"Received: relative_radius={relative_radius}"
             )
+        if axes not in (None, "layer"):
+            raise ValueError(
+                '`axes` must be None, for the entries of each variable, or "layer", '
+                f"for the axes of each layer. Received: axes={axes!r}"
+            )
+        self.axes = axes
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.radius = radius
@@ -191,10 +208,34 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 variables, ["momentum", "second_moment", "curvature"]
             )
         )
+        self._add_axes(variables)
         self._curvature_updates, self._curvature_step = [
             self.add_variable((), "zeros", "int", "only_first_replica", name=name)
             for name in ("curvature_updates", "curvature_step")
         ]
+
+    def _add_axes(self, variables: list[Any]) -> None:
+        """Moments of the gradients, and axes, for each side that is turned."""
+        self._sides: list[layer_axes.Sides | None] = []
+        self._side_moments, self._side_vectors = [], []
+        for variable, slot in zip(variables, self._curvatures, strict=True):
+            own = self.axes == "layer" and slot is not None
+            sides = layer_axes.sides_of(variable.shape) if own else None
+            self._sides.append(sides)
+            moments, vectors = [], []
+            for name, size in layer_axes.turned_sizes(sides):
+                for kind, values, initial in (
+                    ("moment", moments, "zeros"),
+                    ("axes", vectors, "identity"),
+                ):
+                    path = f"{variable.path}_{name}_{kind}".replace("/", "_")
+                    values.append(
+                        self.add_variable(
+                            (size, size), initial, variable.dtype, name=path
+                        )
+                    )
+            self._side_moments.append(moments)
+            self._side_vectors.append(vectors)
 
     def compile_with(self, compiler: Callable[[Callable], Callable]) -> None:
         """Compiles what is computed between steps; without, each operation runs alone.
@@ -263,19 +304,71 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         dtype = variable.dtype
         gradient = ops.cast(gradient, dtype)
         index = self._get_variable_index(variable)
+        values = ops.convert_to_tensor(variable)
+        sides = self._sides[index]
+        vectors = [ops.convert_to_tensor(q) for q in self._side_vectors[index]]
+        seen = gradient
+        if sides is not None:
+            seen = layer_axes.turned(gradient, sides, vectors)
         m, v = self._momentums[index], self._second_moments[index]
-        self.assign_add(m, (gradient - m) * (1 - self.beta_1))
-        self.assign_add(v, (ops.square(gradient) - v) * (1 - GRADIENT_DECAY))
+        self.assign_add(m, (seen - m) * (1 - self.beta_1))
+        self.assign_add(v, (ops.square(seen) - v) * (1 - GRADIENT_DECAY))
         average, usual = self._debiased(m, v, self.iterations + 1)
         direction = newton_direction(
-            NEWEST * gradient + (1 - NEWEST) * average,
+            NEWEST * seen + (1 - NEWEST) * average,
             usual,
             ops.convert_to_tensor(self._curvatures[index]),
-            ops.convert_to_tensor(variable),
-            self.radius,
-            self.relative_radius,
+            self._radius_of(values, sides, vectors),
         )
+        if sides is not None:
+            direction = layer_axes.turned_back(direction, sides, vectors)
+            self._renew(index, gradient, sides, vectors)
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * direction)
+
+    def _radius_of(self, values: Any, sides: Any, vectors: list[Any]) -> Any:
+        """The trust radius of one variable, along the axes that it steps in."""
+        radius = trust_radius(values, self.radius, self.relative_radius)
+        if radius is None or sides is None:
+            return radius
+        return ops.sqrt(layer_axes.spread(ops.square(radius), sides, vectors))
+
+    def _renew(self, index: int, gradient: Any, sides: Any, vectors: list[Any]) -> None:
+        """Takes a gradient into the moments; now and then follows their axes.
+
+        Where axes move, the average of gradients moves with them, and squares and
+        curvature as diagonal matrices would.
+        """
+        found = layer_axes.moments(gradient, sides)
+        for moment, product in zip(self._side_moments[index], found, strict=True):
+            self.assign_add(moment, (product - moment) * (1 - MOMENT_DECAY))
+        moments = [ops.convert_to_tensor(x) for x in self._side_moments[index]]
+        slots = [self._momentums, self._second_moments, self._curvatures]
+        own = [slot[index] for slot in slots]
+
+        def renewed() -> list[Any]:
+            m, v, h = (ops.convert_to_tensor(slot) for slot in own)
+            new = [
+                layer_axes.followed(q, moment)
+                for q, moment in zip(vectors, moments, strict=True)
+            ]
+            moves = [
+                ops.matmul(ops.transpose(old), q)
+                for old, q in zip(vectors, new, strict=True)
+            ]
+            return [
+                *new,
+                layer_axes.turned(m, sides, moves),
+                layer_axes.spread(v, sides, moves),
+                layer_axes.spread(h, sides, moves),
+            ]
+
+        def kept() -> list[Any]:
+            return [*vectors, *(ops.convert_to_tensor(slot) for slot in own)]
+
+        due = ops.equal((self.iterations + 1) % RENEWAL, 0)
+        values = ops.cond(due, renewed, kept)
+        for slot, value in zip([*self._side_vectors[index], *own], values, strict=True):
+            self.assign(slot, value)
 
     def _debiased(self, m: Any, v: Any, steps: Any) -> tuple[Any, Any]:
         """m̂ and √v̂ of one variable, after that many steps."""
@@ -393,6 +486,31 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                     f"Received: shape {received}"
                 )
 
+    def curvature_axes(self) -> list[Any]:
+        """The axes in which each variable's diagonal is expected now.
+
+        Returns:
+            List with an entry for each trainable variable that the optimizer was built
+            with: `None` for the entries of the variable itself, or a pair of
+            orthogonal matrices A and B with axes as columns, of which one may be
+            `None` for ones. The variable's diagonal is that of the Hessian by
+            `Aᵀ W B`, where W is the variable as a matrix. Axes move during a step:
+            ask anew for each delivery.
+
+        Raises:
+            ValueError: if the optimizer has not been built.
+        """
+        self._state()
+        found: list[Any] = []
+        for sides, vectors in zip(self._sides, self._side_vectors, strict=True):
+            rest = _values(vectors)
+            if sides is None:
+                found.append(None)
+            else:
+                left = rest.pop(0) if sides.left else None
+                found.append((left, rest.pop(0) if sides.right else None))
+        return found
+
     @property
     def curvature_updates(self) -> int:
         """Number of diagonals taken in so far, an integer."""
@@ -432,9 +550,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def _sums(self, state: list[Any], steps: Any) -> tuple[list[Any], Any]:
         """What `statistics` averages over all entries, summed: `(4,)`. Pure."""
         sums = 0
-        for m, v, h, values in _slots(state):
+        for m, v, h, radius in self._with_radius(state):
             average, usual = self._debiased(m, v, ops.maximum(steps, 1))
-            rule = usual, h, values, self.radius, self.relative_radius
+            rule = usual, h, radius
             counted = (
                 ops.square(newton_direction(average, *rule)),
                 # Shortened by rounding alone (the first step) is not clipped.
@@ -466,18 +584,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def _damped(self, state: list[Any], steps: Any) -> tuple[list[Any], list[Any]]:
         """What `preconditioner` gives, for variables that have slots. Pure."""
         return [], [
-            damped_curvature(
-                self._debiased(m, v, ops.maximum(steps, 1))[1],
-                h,
-                values,
-                self.radius,
-                self.relative_radius,
-            )
-            for m, v, h, values in _slots(state)
+            damped_curvature(self._debiased(m, v, ops.maximum(steps, 1))[1], h, radius)
+            for m, v, h, radius in self._with_radius(state)
         ]
 
     def _state(self) -> list[Any]:
-        """All m, v, ĥ and θ; see `_slots`."""
+        """All m, v, ĥ and θ, and then the axes; see `_with_radius`."""
         if not self.built:
             raise ValueError("The optimizer has not been built: it took no step yet.")
         every = (
@@ -486,7 +598,20 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             self._curvatures,
             self._trainable_variables,
         )
-        return [slot for entries in every for slot in self._slots_of(entries)]
+        slots = [slot for entries in every for slot in self._slots_of(entries)]
+        return slots + [q for vectors in self._side_vectors for q in vectors]
+
+    def _with_radius(self, state: list[Any]) -> list[tuple[Any, ...]]:
+        """m, v, ĥ and r of each variable that has slots, in its axes. Pure."""
+        sides = self._slots_of(self._sides)
+        count = len(sides)
+        m, v, h, values = (state[i * count : (i + 1) * count] for i in range(4))
+        vectors = iter(state[4 * count :])
+        found = []
+        for i, own in enumerate(sides):
+            axes = [next(vectors) for _ in layer_axes.turned_sizes(own)]
+            found.append((m[i], v[i], h[i], self._radius_of(values[i], own, axes)))
+        return found
 
     def _steps(self) -> Any:
         """The number of steps so far: no variable where gradients are accumulated."""
@@ -518,6 +643,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 "beta_2": self.beta_2,
                 "radius": self.radius,
                 "relative_radius": self.relative_radius,
+                "axes": self.axes,
             }
         )
         return config
@@ -559,13 +685,6 @@ class _BetweenSteps:
             return result
 
         return call
-
-
-def _slots(state: list[Any]) -> list[tuple[Any, ...]]:
-    """m, v, ĥ and θ of each variable."""
-    count = len(state) // 4
-    parts = [state[i * count : (i + 1) * count] for i in range(4)]
-    return list(zip(*parts, strict=True))
 
 
 def _summed_weights(decay: float, steps: Any, dtype: Any) -> Any:
