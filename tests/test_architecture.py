@@ -19,6 +19,7 @@ ROOMS = {
     "keras_internals": set(),
     "progress": set(),
     "parameters": {"backend"},
+    "axes": {"backend"},
     "selection": set(),
     "data_sets": set(),
     "data": {"backend", "data_sets"},
