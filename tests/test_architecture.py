@@ -27,16 +27,25 @@ ROOMS = {
     "evaluation": {"backend", "data", "loss"},
     "memory": {"backend", "data", "evaluation"},
     "operators": {
+        "axes",
         "backend",
         "data",
         "data_sets",
         "evaluation",
         "loss",
         "memory",
+        "parameters",
         "selection",
     },
     "gradients": {"backend", "evaluation"},
-    "layerwise": {"backend", "data_sets", "evaluation", "keras_internals", "loss"},
+    "layerwise": {
+        "axes",
+        "backend",
+        "data_sets",
+        "evaluation",
+        "keras_internals",
+        "loss",
+    },
     "estimators": {"backend"},
     "record": {"backend"},
     "split_diagonal": {
@@ -47,6 +56,7 @@ ROOMS = {
         "progress",
     },
     "diagonal": {
+        "axes",
         "estimators",
         "layerwise",
         "loss",
@@ -54,7 +64,7 @@ ROOMS = {
         "progress",
         "split_diagonal",
     },
-    "analysis": {"backend", "diagonal", "estimators", "operators", "progress"},
+    "analysis": {"axes", "backend", "diagonal", "estimators", "operators", "progress"},
     "preconditioning": {"backend", "keras_internals", "operators"},
     "critical": {
         "analysis",
@@ -91,6 +101,7 @@ ROOMS = {
     "tensorboard": set(),
     "callbacks": {
         "analysis",
+        "axes",
         "backend",
         "critical",
         "data",
