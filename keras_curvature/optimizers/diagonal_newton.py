@@ -78,6 +78,21 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     quadratics. Keras' `clipnorm` and its relatives act before all of this, on the raw
     gradient.
 
+    *In the axes of each layer*, with `axes="layer"`, all of this happens in other
+    coordinates. A variable W with rows and columns becomes `Aᵀ W B`, where A and B are
+    the eigenvectors of averages of `G Gᵀ` and `Gᵀ G`, G its gradient: there the Hessian
+    of a layer is nearer to diagonal. g, m, v, ĥ and the step are those of `Aᵀ W B`;
+    `r²` is carried over as squared lengths are, `(A²)ᵀ r² B²`. The averages forget at
+    0.95 per step; every tenth step moves the axes by one step of orthogonal iteration,
+    m exactly, v and ĥ as diagonal matrices would. Curvature must be delivered in these
+    axes, see `curvature_axes`; `CurvatureMonitor` and `CurvatureFeed` do. A variable is
+    read as a matrix by the split of its shape that makes the sides most alike. Vectors
+    and single rows or columns step as without axes; sides of more than 1 024, or more
+    than 8 times as long as the other, keep their own. For a matrix of a rows and b
+    columns both of whose sides have axes this keeps `2 a² + 2 b²` more numbers, and
+    takes about `8 a b (a + b)` more multiplications and additions a step, and every
+    tenth step about `10 (a³ + b³)`: of the order of a gradient of `a + b` samples.
+
     *Without curvature*, before the first delivery, what remains is Adam's step
     everywhere. A warning tells of it once.
 
@@ -91,7 +106,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     far by the sign of their momentum; it does not debias. The absolute value is that
     of saddle-free Newton (Dauphin et al. 2014, arXiv 1406.2572), v̂ is Adam's, and the
     mean of gradient and momentum is quasi-hyperbolic momentum (Ma and Yarats, ICLR
-    2019, arXiv 1810.06801). docs/optimizer.md compares the rule with others.
+    2019, arXiv 1810.06801). The axes are those of SOAP (Vyas et al. 2024, arXiv
+    2409.11321), which has Adam's step in them. docs/optimizer.md compares the rule
+    with others.
 
     ```python
     model.compile(optimizer=kc.DiagonalNewton(), loss="mse")
@@ -110,6 +127,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             of the parameters; or `None` for plain Newton steps. Defaults to `0.1`.
         relative_radius: float, at least 0: the trust radius of a large parameter, as
             a share of its size. Defaults to `0.3`.
+        axes: `None` for steps along the entries of each variable, `"layer"` for steps
+            along the axes of each layer. Defaults to `None`.
         weight_decay: float or `None`. Decoupled: each step takes
             `learning_rate * weight_decay` of each variable off it. Learning rates
             here are larger than Adam's, so decays are smaller.
@@ -196,6 +215,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     def build(self, variables: list[Any]) -> None:
         """Creates the slots: three numbers for each parameter, and two counters.
+
+        With `axes="layer"`, also two square matrices for each side that is turned.
 
         Args:
             variables: list of the model's trainable variables.
@@ -393,7 +414,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         Args:
             diagonals: list of tensors or arrays, one for each trainable variable
                 that the optimizer was built with, of the same shape and in the same
-                order.
+                order, each in the axes that `curvature_axes` gives.
 
         Returns:
             Whether the diagonal was taken in.
@@ -568,7 +589,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
         Returns:
             List of tensors, one for each trainable variable that the optimizer was
-            built with, of its shape; ones where it does not step.
+            built with, of its shape; ones where it does not step. Those of a variable
+            that has axes are in its axes.
 
         Raises:
             ValueError: if the optimizer has not been built.
