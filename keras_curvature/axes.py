@@ -27,7 +27,10 @@ def as_matrix(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
     """
     size = math.prod(shape)
     left, right = axes or (None, None)
-    rows = size // int(right.shape[0]) if left is None else int(left.shape[0])
+    if left is not None:
+        rows = int(left.shape[0])
+    else:
+        rows = size // int(right.shape[0]) if right is not None else size
     return rows, size // rows
 
 

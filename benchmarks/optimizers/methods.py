@@ -86,6 +86,7 @@ METHODS = {
         values=(0.0004, 0.02),
         **_FEED,
     ),
+    # What the axes alone are worth.
     "axes, without curvature": Method(
         lambda: kc.DiagonalNewton(weight_decay=0.0004, axes="layer"),
         _DEFAULT,

@@ -238,12 +238,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def _add_axes(self, variables: list[Any]) -> None:
         """Moments of the gradients, and axes, for each side that is turned."""
         self._sides: list[layer_axes.Sides | None] = []
-        self._side_moments, self._side_vectors = [], []
+        self._side_moments: list[list[Any]] = []
+        self._side_vectors: list[list[Any]] = []
         for variable, slot in zip(variables, self._curvatures, strict=True):
             own = self.axes == "layer" and slot is not None
             sides = layer_axes.sides_of(variable.shape) if own else None
             self._sides.append(sides)
-            moments, vectors = [], []
+            moments: list[Any] = []
+            vectors: list[Any] = []
             for name, size in layer_axes.turned_sizes(sides):
                 for kind, values, initial in (
                     ("moment", moments, "zeros"),
