@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from diagonals import assert_close, assert_unbiased
-from keras import layers
+from keras import layers, ops
 
 import keras_curvature as kc
 from keras_curvature.layerwise.rules import paths
@@ -22,8 +22,14 @@ def _attention():
     return keras.Model(inputs, layers.Dense(2)(x)), "mse", (3, 4), None
 
 
+class _Quartic(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return ops.sum(x**4)
+
+
 def _embedding():
-    dense = layers.Dense(2, kernel_regularizer=keras.regularizers.L2(0.1))
+    # A penalty with another curvature for each entry.
+    dense = layers.Dense(2, kernel_regularizer=_Quartic())
     stack = [layers.Embedding(7, 3), layers.Flatten(), layers.Activation("tanh"), dense]
     return [keras.Input((4,), dtype="int32"), *stack], "mse", (4,), 7
 
