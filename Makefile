@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE_VENV := build/site-venv
 WHEEL_VENV := build/wheel-venv
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Which of Keras' backends the tests run on.
 BACKENDS := tensorflow jax torch
 
-.PHONY: help demo test test-accelerator lint api pictures bench wheel
+.PHONY: help demo test test-accelerator lint api pictures site bench wheel
 
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
@@ -23,6 +24,7 @@ help:
 	@echo "make lint   check style and types"
 	@echo "make api    write docs/api.md from the docstrings"
 	@echo "make pictures   draw the pictures of the docs that are out of date"
+	@echo "make site   build the documentation site in build/site/html"
 	@echo "make bench  measure the costs, in gradients"
 	@echo "make wheel  build the wheel, try it in a fresh environment"
 
@@ -62,6 +64,14 @@ api: $(STAMP)
 # Those that are older than what they show; the page's takes a browser.
 pictures: $(STAMP)
 	$(BIN)/python docs/pictures.py
+
+# MkDocs needs nothing of the package, so it has a small environment of its own.
+site:
+	test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
+	$(SITE_VENV)/bin/python -m pip install --quiet \
+		$$($(PYTHON) docs/make_site.py --requirements)
+	$(PYTHON) docs/make_site.py
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/python -m mkdocs build --strict
 
 # The other packages that are measured are large, so they come with this target alone.
 bench: $(STAMP)

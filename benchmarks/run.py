@@ -21,6 +21,7 @@ BENCHMARKS = (
     "architectures",
     "sequences",
     "critical_sharpness",
+    "page",
 )
 
 

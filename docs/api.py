@@ -18,6 +18,7 @@ SECTIONS = {
     "Watch a training": [kc.CurvatureMonitor],
     "Ask once": [
         kc.hessian_diagonal,
+        kc.activation_curvature,
         kc.hessian_trace,
         kc.hessian_frobenius_norm,
         kc.hessian_eigenvalues,

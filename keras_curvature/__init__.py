@@ -19,6 +19,7 @@ __all__ = [
     "Estimate",
     "HessianOperator",
     "LayerRule",
+    "activation_curvature",
     "critical_sharpness",
     "curvature_summary",
     "hessian_diagonal",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from keras_curvature.activations import activation_curvature
     from keras_curvature.analysis import (
         hessian_diagonal,
         hessian_frobenius_norm,
@@ -56,6 +58,7 @@ _ROOMS = {
     "Estimate": "estimators",
     "HessianOperator": "operators",
     "LayerRule": "layerwise.rules",
+    "activation_curvature": "activations",
     "critical_sharpness": "critical",
     "curvature_summary": "report",
     "hessian_diagonal": "analysis",
@@ -70,15 +73,17 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    is_room = name in {room.partition(".")[0] for room in _ROOMS.values()}
+    if not (is_room or name in _ROOMS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
+        room = importlib.import_module(f"{__name__}.{_ROOMS.get(name, name)}")
     except (ImportError, ValueError) as error:
         # Keras runs on a backend that is not ours, or not at all.
         raise ImportError(f"{__name__}.{name}: {error}") from error
-    globals()[name] = getattr(room, name)
-    return globals()[name]
+    if not is_room:
+        globals()[name] = getattr(room, name)
+    return room if is_room else globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -112,7 +112,9 @@ def hessian_diagonal(
     Returns:
         An `Estimate` whose value and standard error are lists of NumPy arrays, one
         for each variable, in units of loss per squared unit of the variable. For the
-        operator of a function they have the structure of its parameters.
+        operator of a function they have the structure of its parameters. Its `ways`
+        tell for each variable how it was had, its `relative_standard_errors` how
+        noisy it is.
 
     Raises:
         ValueError: for an unknown method, inconsistent data, an exact diagonal

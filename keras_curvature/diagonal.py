@@ -1,9 +1,10 @@
 """The diagonal of a Hessian: which way it is had, and the trace that comes with it."""
 
+import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from keras_curvature import estimators
@@ -180,33 +181,26 @@ def diagonal_moments(
     """
     check_choice(method, METHODS)
     if axes is not None:
-        budget = num_matvecs, tolerance, samples
+        asked = num_matvecs, tolerance, samples
         method = _method_in_axes(operator, method, num_matvecs)
         return _in_axes(
-            operator, list(axes), method, budget, seed, max_matvecs, progress, groups
+            operator, list(axes), method, asked, seed, max_matvecs, progress, groups
         )
     usual = groups == "joint" and control_variate == "auto"
-    plan = None
+    plan, by_layers = None, has_layers(operator)
     if method == "auto":
         method, plan = chosen(operator, num_matvecs, seed, usual)
-    if method in ("shrunk", "split"):
-        return _split(operator).moments(
-            estimators.check_budget(num_matvecs, tolerance)
-            if num_matvecs is not None or tolerance is not None
-            else samples,
-            tolerance,
-            seed,
-            method == "shrunk",
-            progress,
-        )
-    evaluation, by_layers = operator.evaluation, has_layers(operator)
     if method == "layerwise" and not by_layers:
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
-    if method == "exact" and plan is None and by_layers:
-        plan = evaluation.once(ExactDiagonal).plan(seed)
+    sampled = num_matvecs is not None or tolerance is not None
+    if method == "exact":
+        if plan is None and by_layers:
+            plan = operator.evaluation.once(ExactDiagonal).plan(seed)
+        moments = _exact_diagonal(operator, plan, max_matvecs, progress)
+        return _told(moments, operator, _EXACT, plan.ways if plan else None)
     if method == "hutchinson":
-        return estimators.hutchinson_moments(
+        moments = estimators.hutchinson_moments(
             operator,
             num_matvecs,
             tolerance,
@@ -215,30 +209,75 @@ def diagonal_moments(
             diagonal=True,
             progress=progress,
         )
-    if method == "exact":
-        return _exact_diagonal(operator, plan, max_matvecs, progress)
-    sampled = num_matvecs is not None or tolerance is not None
+        return _told(moments, operator, _SAMPLED)
+    if method in ("shrunk", "split"):
+        split = _split(operator)
+        budget = estimators.check_budget(num_matvecs, tolerance) if sampled else samples
+        moments = split.moments(budget, tolerance, seed, method == "shrunk", progress)
+        rest = " and ".join(f"sampled along {_PLACES[kind]}" for kind in split.kinds)
+        return _told(moments, operator, f"Gauss-Newton part, and the rest {rest}")
     if method == "gauss_newton":
-        gauss_newton = evaluation.once(GaussNewtonDiagonal)
+        gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)
         if not sampled:
             diagonal, passes = gauss_newton.compute(max_matvecs)
-            return estimators.moments_of_diagonal(
+            moments = estimators.moments_of_diagonal(
                 diagonal, passes, operator.sizes, operator.place
             )
-        draw = gauss_newton.samples
+            return _told(moments, operator, "Gauss-Newton, exact")
+        draw, told = gauss_newton.samples, "Gauss-Newton, sampled"
+        ways: Mapping[str, str] | None = None
     else:
         num_matvecs = num_matvecs if sampled else samples
         drawn = estimators.check_budget(num_matvecs, tolerance)
         control = _controlled(operator, plan, control_variate, drawn, seed)
-        draw = _layerwise(operator, groups, control).samples
+        draw, told = _layerwise(operator, groups, control).samples, _SAMPLED
+        told = f"Gauss-Newton part exact, the rest {told}" if control else told
+        ways = operator.evaluation.once(find_structure).coverage
     key = estimators.seed_key(seed, _PURPOSE)
-    return estimators.sampled_moments(
+    moments = estimators.sampled_moments(
         lambda start, width: draw(key, start, width),
         num_matvecs,
         tolerance,
         operator.sizes,
         progress,
         operator.place,
+    )
+    return _told(moments, operator, told, ways)
+
+
+#: In words, with the place of a variable's directions filled in.
+_EXACT, _SAMPLED = "exact, by {}", "sampled along {}"
+
+#: What they are called in a plan, as kinds of samples, and for users.
+_PLACES = {
+    "outputs": "layer outputs",
+    "layer outputs": "layer outputs",
+    "layers": "layer outputs",
+    "parameters": "parameters",
+    "gauss_newton": "model outputs",
+}
+
+
+def _told(
+    moments: Moments,
+    operator: HessianOperator,
+    words: str,
+    ways: Mapping[str, str] | None = None,
+) -> Moments:
+    """Moments whose diagonal says which way each variable went.
+
+    Args:
+        moments: the moments.
+        operator: the operator.
+        words: the way, perhaps with a place to fill in.
+        ways: the place of each variable by its name; parameters if not given.
+    """
+    names = operator.evaluation.loss.layout.names
+    ways = ways or dict.fromkeys(names, "parameters")
+    diagonal: Any = moments.diagonal
+    told = {name: words.format(_PLACES[ways[name]]) for name in names}
+    return dataclasses.replace(
+        moments, diagonal=dataclasses.replace(diagonal, ways=told)
     )
 
 
@@ -294,7 +333,7 @@ def _in_axes(
             estimators.seed_key(seed, _PURPOSE),
         )
         unasked = num_matvecs is None and tolerance is None
-        return estimators.sampled_moments(
+        moments = estimators.sampled_moments(
             lambda start, width: draw(key, start, width, axes),
             samples if unasked else num_matvecs,
             tolerance,
@@ -302,11 +341,14 @@ def _in_axes(
             progress,
             operator.place,
         )
+        ways = operator.evaluation.once(find_structure).coverage
+        return _told(moments, operator, _SAMPLED, ways)
     turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
     if method == "exact":
         check_affordable(operator.shape[0], max_matvecs, 'method="layerwise"')
-        return estimators.exact_moments(turned, operator.sizes, progress)
-    return estimators.hutchinson_moments(
+        moments = estimators.exact_moments(turned, operator.sizes, progress)
+        return _told(moments, operator, _EXACT)
+    moments = estimators.hutchinson_moments(
         turned,
         num_matvecs,
         tolerance,
@@ -315,6 +357,7 @@ def _in_axes(
         diagonal=True,
         progress=progress,
     )
+    return _told(moments, operator, _SAMPLED)
 
 
 def has_layers(operator: HessianOperator) -> bool:

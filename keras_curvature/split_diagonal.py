@@ -24,8 +24,8 @@ _GAUSS_NEWTON, _REST, _CHOICE = 5, 6, 7
 #: Samples that kinds are chosen by, and their number that is planned for.
 _TRIED, _PLANNED = 2, 4
 
-#: The rest is thought to be about this share of `‖g‖²`, where kinds are chosen: noise
-#: beyond it is shrunk anyway.
+#: The rest is thought to be at least this share of `‖g‖²`, where kinds are chosen:
+#: noise beyond its size is shrunk anyway.
 _SHARE = 0.05
 
 
@@ -112,14 +112,18 @@ class SplitMoments:
     def _quietest(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
         going = _Going(None, 0).with_price(0.0)
         g = self._samples("", 0, _CHOICE).drawn(_TRIED, going)
-        limit = _SHARE * self._by_block(g.mean)
-        noise = [
-            self._by_block(
-                self._samples(kind, 0, _CHOICE).drawn(_TRIED, going, g.mean).error
-            )
-            * (_TRIED / _PLANNED)
+        one, other = (
+            self._samples(kind, 0, _CHOICE).drawn(_TRIED, going, g.mean)
             for kind in kinds
+        )
+        noise = [
+            self._by_block(part.error) * (_TRIED / _PLANNED) for part in (one, other)
         ]
+        # The product of independent samples is the square of what they are samples of.
+        limit = np.maximum(
+            _SHARE * self._by_block(g.mean),
+            self._by_block(one.mean, other.mean),
+        )
         # Half of the samples of each kind, each block from the quieter one mostly.
         first, second = noise
         total = first + second
@@ -127,10 +131,11 @@ class SplitMoments:
         choices = {(kinds[0],): first, (kinds[1],): second, kinds: both}
         return min(choices, key=lambda one: _risk(choices[one], limit))
 
-    def _by_block(self, x: Tensor) -> _Array:
-        """Sums of squares by variable."""
-        squares = estimators.block_sums(x[None] ** 2, self._sizes)
-        return estimators.to_host(squares)[:, 0]
+    def _by_block(self, x: Tensor, y: Tensor | None = None) -> _Array:
+        """Sums of squares by variable, or of products."""
+        products = x * (x if y is None else y)
+        sums = estimators.block_sums(products[None], self._sizes)
+        return estimators.to_host(sums)[:, 0]
 
     def _samples(
         self, kind: str, seed: int, purpose: int | None = None

@@ -64,6 +64,15 @@ ROOMS = {
         "progress",
         "split_diagonal",
     },
+    "activations": {
+        "analysis",
+        "diagonal",
+        "estimators",
+        "layerwise",
+        "loss",
+        "operators",
+        "progress",
+    },
     "analysis": {"axes", "backend", "diagonal", "estimators", "operators", "progress"},
     "preconditioning": {"backend", "keras_internals", "operators"},
     "critical": {

@@ -36,6 +36,13 @@ def test_every_name_is_there_and_listed():
         kc.hessian_trase  # noqa: B018
 
 
+def test_the_rooms_are_attributes_of_the_package():
+    names = "estimators", "layerwise", "operators", "optimizers"
+    asked = ", ".join(f"kc.{name}.__name__" for name in names)
+    expected = tuple(f"keras_curvature.{name}" for name in names)
+    assert run(f"import keras_curvature as kc; print(({asked}))") == f"{expected}\n"
+
+
 def test_readers_of_the_source_see_the_same_names():
     """Editors and type checkers read the imports that do not run."""
     (block,) = [n for n in ast.parse(SOURCE).body if isinstance(n, ast.If)][:1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from keras import ops, tree
@@ -22,6 +23,8 @@ class Estimate:
         pairs: for a norm with blocks, an `Estimate` of an array `(blocks, blocks)`:
             the norm of each part of the matrix, rows of one block and columns of
             another; the diagonal blocks' on its diagonal. `None` where unknown.
+        ways: for a diagonal, from the name of each variable to the way it was had, in
+            words; empty for other figures.
     """
 
     value: Any
@@ -29,6 +32,7 @@ class Estimate:
     num_matvecs: int
     blocks: tuple["Estimate", ...] = ()
     pairs: "Estimate | None" = None
+    ways: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def relative_standard_error(self) -> float | None:
@@ -40,6 +44,14 @@ class Estimate:
         if self.standard_error is None:
             return None
         return ratio(_norm(self.standard_error), _norm(self.value))
+
+    @property
+    def relative_standard_errors(self) -> list[float] | None:
+        """`relative_standard_error` of each array of the value, in their order."""
+        if self.standard_error is None:
+            return None
+        errors, values = tree.flatten(self.standard_error), tree.flatten(self.value)
+        return [ratio(_norm(e), _norm(v)) for e, v in zip(errors, values, strict=True)]
 
     def __repr__(self) -> str:
         plural = "" if self.num_matvecs == 1 else "s"

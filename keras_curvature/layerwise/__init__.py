@@ -1,5 +1,6 @@
 """Curvature at the layers' outputs, carried back to the variables."""
 
+from keras_curvature.layerwise.activations import ActivationDiagonal
 from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.exact import ExactDiagonal, Plan
 from keras_curvature.layerwise.gauss_newton_diagonal import GaussNewtonDiagonal
@@ -8,6 +9,7 @@ from keras_curvature.layerwise.split import SplitDiagonal
 from keras_curvature.layerwise.structure import Structure
 
 __all__ = [
+    "ActivationDiagonal",
     "ExactDiagonal",
     "GaussNewtonDiagonal",
     "LayerwiseDiagonal",

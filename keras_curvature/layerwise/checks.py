@@ -1,6 +1,5 @@
 """What only numbers tell of a model's layers: two questions, asked once."""
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -16,7 +15,7 @@ from keras_curvature.layerwise.recording import (
     OpenedLoss,
     random_like,
 )
-from keras_curvature.layerwise.structure import Structure, survey
+from keras_curvature.layerwise.structure import Structure, survey, survey_outputs
 from keras_curvature.loss import State
 
 #: Relative size of the leak between samples beyond which they count as interacting.
@@ -42,26 +41,61 @@ def find_structure(evaluation: Evaluation) -> Structure:
         ValueError: for the loss of a plain function.
     """
     structure, not_linear = survey(evaluation)
-    if not structure.uses:
+    opened = structure.of_first_order
+    if not opened.uses:
         _warn(not_linear)
         return structure
 
     def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
-        errors = jacobian_errors(structure, state, batch, key)
+        errors = jacobian_errors(opened, state, batch, key)
         if tree.flatten(batch)[0].shape[0] == 1:
             # A sample beside itself, to tell whether it would feel another one.
             batch = tree.map_structure(_twice, batch)
-        return leak(structure, state, batch, key), errors
+        return leak(opened, state, batch, key), errors
 
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
     errors = ops.convert_to_numpy(errors)
-    wrong = {n for n, e in zip(structure.layers, errors, strict=True) if e > TOLERANCE}
-    _warn([*not_linear, *(structure.layers[number][0] for number in sorted(wrong))])
-    structure = structure.without(wrong)
+    wrong = {n for n, e in zip(opened.layers, errors, strict=True) if e > TOLERANCE}
+    _warn([*not_linear, *(opened.layers[number][0] for number in sorted(wrong))])
     # Independent samples leak an exact zero, but for sums over the batch that cancel;
     # real interaction is orders above.
     interact = bool(ops.convert_to_numpy(leaked) > LEAK)
-    return dataclasses.replace(structure, samples_interact=interact)
+    return structure.without(wrong).replaced(samples_interact=interact)
+
+
+def find_outputs(evaluation: Evaluation) -> Structure:
+    """Finds out at which outputs of a model's layers curvature can be had.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Returns:
+        A `Structure` of all uses of layers with a rule, without statistics: where they
+        couple samples it says that samples interact.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    structure, left_out = survey_outputs(evaluation)
+    if left_out:
+        warnings.warn(
+            "The outputs of these layers are left out: they have no row for each "
+            "sample, or are computed from other values than the layer's variables: "
+            f"{', '.join(layer.path for layer in left_out)}.",
+            stacklevel=4,
+        )
+    if not structure.uses:
+        return structure
+
+    def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
+        if tree.flatten(batch)[0].shape[0] == 1:
+            batch = tree.map_structure(_twice, batch)
+        leaked = leak(structure, state, batch, key)
+        return leaked, leaked
+
+    leaked, _ = evaluation.at_first(check, backend.array([0, 0], "int32"))
+    interact = bool(ops.convert_to_numpy(leaked) > LEAK)
+    return structure.replaced(samples_interact=interact)
 
 
 def _warn(layers: list[Any]) -> None:

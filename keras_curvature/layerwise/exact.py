@@ -43,6 +43,10 @@ FEW_OUTPUTS = 64
 #: Bound for the elements of all shifts times the basis vectors folded together.
 FOLDED_ELEMENTS = 2**24
 
+#: A variable with more entries has a loop of its own in the parameter basis. The others
+#: share one: a loop takes as long to compile as thousands of small products to run.
+SHARED_ENTRIES = 2**12
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -225,11 +229,9 @@ class ExactDiagonal:
         recording = LayerRecording(
             structure, state, batch, bool(taking["gauss_newton"])
         )
+        own = by_parameters(recording, taking["parameters"])
         parts = [
-            by_parameters(recording, i)
-            if way == "parameters"
-            else penalty(recording, i)
-            for i, way in enumerate(ways)
+            own[i] if i in own else penalty(recording, i) for i in range(len(ways))
         ]
         found = by_outputs(recording, taking["outputs"])
         found |= gauss_newton.diagonal(recording, taking["gauss_newton"])
@@ -242,20 +244,39 @@ class ExactDiagonal:
         return recording.loss, self._layout.joined(parts)
 
 
-def by_parameters(recording: LayerRecording, i: int) -> Tensor:
-    """`Σ_j e_j ⊙ H e_j` over the entries of variable i, while tracing."""
-    value = recording.value(i)
-    if i not in recording.point:
-        return ops.zeros_like(value)
-    size = math.prod(value.shape)
-    multiply = recording.whole_product([i], [i])
+def by_parameters(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
+    """Diagonals by the parameter basis, while tracing: `{variable: tensor}`."""
+    diagonals = {i: ops.zeros_like(recording.value(i)) for i in variables}
+    acting = [i for i in variables if i in recording.point]
+    large = [i for i in acting if _size(recording, i) > SHARED_ENTRIES]
+    small = [i for i in acting if i not in large]
+    for together in [small, *([i] for i in large)]:
+        if together:
+            diagonals |= _over_entries(recording, together)
+    return diagonals
+
+
+def _over_entries(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
+    """`Σ_j e_j ⊙ H e_j` over the entries j of variables."""
+    multiply = recording.whole_product(variables, variables)
+    ends = np.cumsum([_size(recording, i) for i in variables]).tolist()
+    count = ends[-1]
 
     def entry(j: Any) -> list[Tensor]:
-        e = ops.reshape(ops.one_hot(j, size, dtype=value.dtype), value.shape)
-        return [e * multiply({i: e})[i]]
+        e, flat = {}, ops.one_hot(j, count, dtype="float32")
+        for i, start, end in zip(variables, [0, *ends], ends, strict=False):
+            value = recording.value(i)
+            e[i] = ops.cast(ops.reshape(flat[start:end], value.shape), value.dtype)
+        product = multiply(e)
+        return [e[i] * product[i] for i in variables]
 
-    total: Tensor = backend.sum_range(entry, size, _fold(recording, size))[0]
-    return total
+    sums = backend.sum_range(entry, count, _fold(recording, count))
+    return dict(zip(variables, sums, strict=True))
+
+
+def _size(recording: LayerRecording, i: int) -> int:
+    """Number of entries of a variable."""
+    return math.prod(recording.value(i).shape)
 
 
 def by_outputs(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:

@@ -34,7 +34,7 @@ class GaussNewtonDiagonal:
 
     def __init__(self, evaluation: Evaluation):
         self._evaluation = evaluation
-        self._structure = evaluation.once(find_structure)
+        self._structure = evaluation.once(find_structure).of_first_order
         if not self._structure.samples_independent:
             raise ValueError(
                 "The Gauss–Newton diagonal is computed sample by sample, and the "
@@ -55,7 +55,7 @@ class GaussNewtonDiagonal:
         """The exact diagonal, and the backward passes that it took.
 
         One backward pass per scalar output of the model serves all layers with a
-        rule; each other variable takes two per output and sample.
+        rule; the other variables take two more per output and sample.
 
         Args:
             max_matvecs: how many it may be.
@@ -67,7 +67,7 @@ class GaussNewtonDiagonal:
             ValueError: if it takes more.
         """
         samples = num_samples(self._evaluation.data.first())
-        passes = self._count * (1 + 2 * samples * len(self._uncovered))
+        passes = self._count * (1 + 2 * samples * bool(self._uncovered))
         if passes > max_matvecs:
             raise ValueError(
                 f"The exact Gauss–Newton diagonal takes {passes:,} backward passes "
@@ -129,7 +129,7 @@ class GaussNewtonDiagonal:
         recording = LayerRecording(self._structure, state, batch, True)
         key = backend.array([0, 0], "int32")
         parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
-        parts |= {i: _by_samples(recording, i) for i in self._uncovered}
+        parts |= _by_samples(recording, self._uncovered)
         layout = self._evaluation.loss.layout
         return recording.loss, layout.joined(
             [parts[i] + exact_penalty(recording, i, key) for i in sorted(parts)]
@@ -161,18 +161,19 @@ class GaussNewtonDiagonal:
         return recording.loss, draw
 
 
-def _by_samples(recording: LayerRecording, i: int) -> Tensor:
-    """`Σ_n Σ_cd S_ncd ∂f_nc/∂θ ⊙ ∂f_nd/∂θ` for a variable that no rule covers."""
-    value = recording.value(i)
-    if i not in recording.point:
-        return ops.zeros_like(value)
+def _by_samples(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
+    """`Σ_n Σ_cd S_ncd ∂f_nc/∂θ ⊙ ∂f_nd/∂θ` for variables that no rule covers."""
+    parts = {i: ops.zeros_like(recording.value(i)) for i in variables}
+    acting = [i for i in variables if i in recording.point]
+    if not acting:
+        return parts
     space = OutputSpace(recording)
     if space.known_samples is None:
         raise ValueError(
             "The Gauss–Newton diagonal of a variable without a layer rule needs "
             "batches of a fixed size."
         )
-    s, back = space.hessian(), space.back([i])
+    s, back = space.hessian(), space.back([*acting])
 
     def entry(j: Any) -> list[Tensor]:
         n, c = j // space.count, j % space.count
@@ -180,10 +181,11 @@ def _by_samples(recording: LayerRecording, i: int) -> Tensor:
             :, None
         ]
         rows = (ops.one_hot(c, space.count, dtype=s.dtype)[None], s[:, c])
-        first, second = (back(space.parted(here * row))[i] for row in rows)
-        return [ops.reshape(first * second, value.shape)]
+        first, second = (back(space.parted(here * row)) for row in rows)
+        return [first[i] * second[i] for i in acting]
 
-    fold = max(1, 2**20 // max(1, math.prod(value.shape)))
+    elements = sum(math.prod(recording.point[i].shape) for i in acting)
+    fold = min(256, max(1, 2**20 // max(1, elements)))
     count = space.known_samples * space.count
-    total: Tensor = backend.sum_range(entry, count, min(256, fold))[0]
-    return total
+    sums = backend.sum_range(entry, count, fold)
+    return parts | dict(zip(acting, sums, strict=True))

@@ -55,10 +55,11 @@ class SplitDiagonal:
         # The layers that give the outputs stay open: without them the outputs might be
         # others, behind an activation, and so might be the two parts.
         last = {o.layer for o in found.outputs if isinstance(o, Place)}
-        alone = found.without(set(found.layers) - last)
-        alone = dataclasses.replace(alone, statistics={})
+        alone = dataclasses.replace(found, chained=None, statistics={})
+        alone = alone.without(set(found.layers) - last)
         structure = found if found.samples_independent else alone
-        forms = find_forms(evaluation, structure)
+        opened = structure.of_first_order
+        forms = find_forms(evaluation, opened)
         self.possible = forms is not None
         if forms is None:
             return
@@ -67,20 +68,20 @@ class SplitDiagonal:
             kinds["layers"] = structure
         if structure is alone or _regularized(structure, alone):
             kinds["parameters"] = alone
-        covered = len(structure.uses_of) + len(evaluation.loss.findings.unconnected)
+        covered = len(opened.uses_of) + len(evaluation.loss.findings.unconnected)
         self.num_outputs = (
-            structure.num_outputs
+            opened.num_outputs
             if covered == len(evaluation.loss.variables)
             else float("inf")
         )
         self.gauss_newton = Samples(
-            evaluation, functools.partial(_of_gauss_newton, structure, forms)
+            evaluation, functools.partial(_of_gauss_newton, opened, forms)
         )
         self.rest = {
             kind: Samples(evaluation, functools.partial(_of_rest, one))
             for kind, one in kinds.items()
         }
-        self._structure = structure
+        self._structure = opened
         self._exact = evaluation.mean_of(self._all_of_gauss_newton)
 
     def exact_gauss_newton(self) -> Tensor:

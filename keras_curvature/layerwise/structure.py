@@ -101,6 +101,8 @@ class Structure:
             variables act.
         samples_interact: whether a sample feels the shifts of other samples, while
             the statistics do not move.
+        chained: the same for first derivatives alone, where a use may feed another one
+            of the same variable; `None` if there are no such uses.
     """
 
     loss: TrainingLoss
@@ -111,6 +113,17 @@ class Structure:
     signature: tuple[Any, ...]
     statistics: Mapping[Statistic, Shape]
     samples_interact: bool = False
+    chained: "Structure | None" = None
+
+    @property
+    def of_first_order(self) -> "Structure":
+        """What serves first derivatives: more variables may act through outputs."""
+        return self.chained or self
+
+    def replaced(self, **changes: Any) -> "Structure":
+        """One with other attributes, in that for first derivatives as well."""
+        chained = self.chained and dataclasses.replace(self.chained, **changes)
+        return dataclasses.replace(self, chained=chained, **changes)
 
     @functools.cached_property
     def layers(self) -> dict[int, tuple[Any, LayerRule]]:
@@ -168,7 +181,13 @@ class Structure:
             for number, name in enumerate(self.outputs)
         )
         direct = tuple(sorted({*self.direct, *gone}))
-        return dataclasses.replace(self, uses=uses, direct=direct, outputs=outputs)
+        return dataclasses.replace(
+            self,
+            uses=uses,
+            direct=direct,
+            outputs=outputs,
+            chained=self.chained and self.chained.without(layers),
+        )
 
 
 def entries(shape: Shape) -> float:
@@ -187,15 +206,17 @@ def num_samples(batch: Batch) -> Any:
     return ops.shape(next(t for t in tree.flatten(batch) if t is not None))[0]
 
 
-def rules_for(loss: TrainingLoss) -> dict[int, tuple[Any, LayerRule]]:
-    """The layers that a rule covers and that hold a variable of the loss."""
+def rules_for(
+    loss: TrainingLoss, every: bool = False
+) -> dict[int, tuple[Any, LayerRule]]:
+    """The layers that a rule covers and that hold a variable of the loss; or all."""
     asked = {id(v) for v in loss.variables}
     layers = keras_internals.flat_layers(loss.model, include_self=True)
     found = [(layer, rule_for(layer)) for layer in layers]
     return {
         number: (layer, rule)
         for number, (layer, rule) in enumerate(found)
-        if rule and any(id(v) in asked for v in rule.variables(layer))
+        if rule and (every or any(id(v) in asked for v in rule.variables(layer)))
     }
 
 
@@ -216,10 +237,34 @@ def survey(evaluation: Evaluation) -> tuple[Structure, list[Any]]:
     return found.structure(), found.not_linear()
 
 
-class _Survey:
-    """Runs the loss once in the abstract, and asks what came from what."""
+def survey_outputs(evaluation: Evaluation) -> tuple[Structure, list[Any]]:
+    """The layers' outputs for their own sake, whatever the variables do elsewhere.
 
-    def __init__(self, evaluation: Evaluation):
+    Frozen layers count, and so do uses that feed each other. Nothing is known of how
+    samples meet in the structure: it has no statistics.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+
+    Returns:
+        What is known, and the layers that are left out of it: whose outputs have no
+        row for each sample, or that compute with other values than the variables'.
+
+    Raises:
+        ValueError: for the loss of a plain function.
+    """
+    return _Survey(evaluation, every=True).outputs()
+
+
+class _Survey:
+    """Runs the loss once in the abstract, and asks what came from what.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+        every: whether layers are opened that hold no variable of the loss.
+    """
+
+    def __init__(self, evaluation: Evaluation, every: bool = False):
         loss = evaluation.loss
         if not isinstance(loss, TrainingLoss):
             raise ValueError(
@@ -227,7 +272,7 @@ class _Survey:
                 f"function, {loss!r}. Use an exact method or Hutchinson's."
             )
         self._loss = loss
-        self._layers = rules_for(loss)
+        self._layers = rules_for(loss, every)
         self._number = {id(v): i for i, v in enumerate(loss.variables)}
         self._met: dict[Place, Met] = {}
         self._given: list[Given] = []
@@ -323,7 +368,15 @@ class _Survey:
 
     def structure(self) -> Structure:
         """What was found."""
-        unsound = self._unsound()
+        fed, unsound = self._fed(), self._unsound()
+        found = self._without(unsound | fed | self._entangled(unsound | fed))
+        if fed <= unsound:
+            return found
+        chained = self._without(unsound | self._entangled(unsound))
+        return dataclasses.replace(found, chained=chained)
+
+    def _without(self, unsound: set[int]) -> Structure:
+        """What was found, with some variables taken as direct."""
         dropped = {
             number
             for number, (layer, rule) in self._layers.items()
@@ -356,6 +409,35 @@ class _Survey:
             self._statistics,
         )
 
+    def outputs(self) -> tuple[Structure, list[Any]]:
+        """See `survey_outputs`."""
+        uses, left_out = [], list[Any]()
+        for (place, use), met, output in zip(
+            self._uses.items(),
+            self._met.values(),
+            self._origins["places"],
+            strict=True,
+        ):
+            if self._rows_are_samples(use, output) and not met.reassigned:
+                uses.append(self._uses[place])
+            elif use.layer not in left_out:
+                left_out.append(use.layer)
+        structure = Structure(self._loss, tuple(uses), (), (), (), self._signature, {})
+        return structure, left_out
+
+    def _rows_are_samples(self, use: Use, origin: frozenset[int]) -> bool:
+        """Whether an output has a row for each sample.
+
+        It has not if it is computed from constants alone (an embedding of the
+        positions), or if its rows are something else.
+        """
+        from_samples = origin & self._batch_at or use.rule.rows_are_samples
+        return bool(from_samples) and (
+            not use.output.shape
+            or use.output.shape[0] is None
+            or use.output.shape[0] == self._samples
+        )
+
     def not_linear(self) -> list[Any]:
         """Layers whose paths depend on a variable that nothing they received does."""
         return [
@@ -378,7 +460,7 @@ class _Survey:
         return {i for i in range(len(self._held_at)) if i in self._origins["loss"]}
 
     def _unsound(self) -> set[int]:
-        """Variables for which the formula over layer outputs does not hold."""
+        """Variables that act through no output of which a rule could tell how."""
         found = {i for use in self._uses.values() for i in use.variables}
         asked = {
             self._number[id(v)]
@@ -389,39 +471,53 @@ class _Survey:
         # A table for the way back of an embedding that is used forwards alone.
         unsound = asked - found - self._loss.findings.unconnected
         acting = self._acting_directly()
-        rows = zip(
-            self._uses.values(),
-            self._met.values(),
-            self._origins["received"],
-            self._origins["inputs"],
-            self._origins["places"],
-            strict=True,
-        )
-        for use, met, received, inputs, output in rows:
-            reached = frozenset[int]().union(*received, *inputs)
+        for use, met, reached, output in self._rows():
+            rows_are_samples = self._rows_are_samples(use, output)
             for i in use.variables:
-                variable = self._loss.variables[i]
-                # Another use feeds this one: its inputs move with the variable, which
-                # adds a second-order term that the formula lacks.
-                fed = self._held_at[i] in reached or (i in acting and i in reached)
-                # The output is computed from constants alone (an embedding of the
-                # positions), or its rows are something else than samples.
-                from_samples = output & self._batch_at or use.rule.rows_are_samples
-                rows_are_samples = bool(from_samples) and (
-                    not use.output.shape
-                    or use.output.shape[0] is None
-                    or use.output.shape[0] == self._samples
-                )
-                if fed or not rows_are_samples or id(variable) in met.reassigned:
+                reassigned = id(self._loss.variables[i]) in met.reassigned
+                moved = i in acting and i in reached
+                if moved or reassigned or not rows_are_samples:
                     unsound.add(i)
-        return unsound | self._entangled(sorted((acting & found) - unsound))
+        return unsound
 
-    def _entangled(self, variables: list[int]) -> set[int]:
+    def _fed(self) -> set[int]:
+        """Variables of which one use feeds another.
+
+        The inputs of the latter move with the variable, which adds a second-order term
+        that the formula lacks.
+        """
+        return {
+            i
+            for use, _, reached, _ in self._rows()
+            for i in use.variables
+            if self._held_at[i] in reached
+        }
+
+    def _rows(self) -> list[tuple[Use, Met, frozenset[int], frozenset[int]]]:
+        """Each use with what reached it, and what its output is computed from."""
+        return [
+            (use, met, frozenset[int]().union(*received, *inputs), output)
+            for use, met, received, inputs, output in zip(
+                self._uses.values(),
+                self._met.values(),
+                self._origins["received"],
+                self._origins["inputs"],
+                self._origins["places"],
+                strict=True,
+            )
+        ]
+
+    def _entangled(self, unsound: set[int]) -> set[int]:
         """Those whose direct effect on the loss is more than a penalty.
 
         A penalty's gradient depends on the variable only. Anything else that reaches a
         variable directly also depends on what its layers give out.
+
+        Args:
+            unsound: variables that are taken as direct in any case.
         """
+        found = {i for use in self._uses.values() for i in use.variables}
+        variables = sorted((self._acting_directly() & found) - unsound)
         if not variables:
             return set()
 

@@ -57,3 +57,9 @@ def test_relative_standard_error():
 
 def test_no_entries():
     assert repr(Estimate([], [], 3)) == "no entries (3 matvecs)"
+
+
+def test_errors_of_the_single_arrays():
+    values, errors = [np.ones(4), np.array([3.0, 4.0])], [np.ones(4), np.zeros(2)]
+    assert Estimate(values, errors, 8).relative_standard_errors == [1.0, 0.0]
+    assert Estimate(values, None, 1).relative_standard_errors is None

@@ -155,6 +155,7 @@ LOSSES = {
     "an output used inside": lambda: (used_inside(), None),
     "sequence": lambda: (cases.CASES["transformer"](), None),
     "uncovered": lambda: (cases.CASES["gru_unrolled"](), None),
+    "layer upon itself": lambda: (cases.CASES["shared_layer"](), None),
 }
 
 
@@ -203,6 +204,12 @@ def test_equals_the_dense_matrix(name, float64):
     samples = np.concatenate([draw(0, i, 1) for i in range(128)], axis=1)
     assert samples.min() >= 0
     assert_unbiased(samples, expected)
+
+
+def test_a_use_that_feeds_another_takes_no_passes_of_its_own(float64):
+    """It is no matter for first derivatives."""
+    op = operator(cases.CASES["shared_layer"]())
+    assert kc.hessian_diagonal(op, method="gauss_newton").num_matvecs == 2
 
 
 def test_number_of_passes(float64):

@@ -165,3 +165,30 @@ def test_a_small_budget():
     values = np.array([one.value for one in few])
     error = values.std(ddof=1) / 48**0.5
     assert abs(values.mean() - np.trace(found.dense)) <= 4 * error + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel", "head"),
+    [
+        ("exact", "exact, by parameters", "exact, by layer outputs"),
+        ("hutchinson", "sampled along parameters", "sampled along parameters"),
+        ("gauss_newton", "Gauss-Newton, sampled", "Gauss-Newton, sampled"),
+        ("layerwise", "sampled along parameters", "sampled along layer outputs"),
+    ],
+)
+def test_the_estimate_tells_how_each_variable_was_had(method, kernel, head):
+    case = probed_cases.probed("shared_layer")
+    estimate = kc.hessian_diagonal(
+        case.op, method=method, num_matvecs=4, control_variate=False, verbose=False
+    )
+    assert list(estimate.ways) == list(case.op.evaluation.loss.layout.names)
+    assert [*estimate.ways.values()][::2] == [kernel, head]
+
+
+def test_the_estimate_tells_the_kind_of_the_rest():
+    op = probed_cases.probed("mlp_tanh").op
+    for method in ("split", "shrunk"):
+        estimate = kc.hessian_diagonal(op, method=method, num_matvecs=4, verbose=False)
+        assert set(estimate.ways.values()) == {
+            "Gauss-Newton part, and the rest sampled along layer outputs"
+        }

@@ -583,6 +583,91 @@ def test_many_layers_fold_and_many_runs_have_short_names(browser, serve, tmp_pat
         browser.get("about:blank")
 
 
+def test_long_runs_of_deep_models_open_and_are_complete(browser, serve, tmp_path):
+    """2,000 probes, 200 layers, 20 runs; benchmarks/page.py tells the seconds."""
+    names = write_runs(tmp_path, runs=20, probes=2000, layers=200)
+    last = 10 * 1999
+    with serve(tmp_path, load_fast="true") as running:
+        for name in names:
+            running.wait_for_run(name)
+        page = Page(browser)
+        page.until(
+            lambda: all(
+                one["last_step"] == last
+                for one in running.get("plugin/curvature/runs")["runs"]
+            )
+        )
+        page.open(running.url)
+        # More probes than a screen has room for: some are shown, the last one too.
+        assert "500 of 2000 probes" in page.text("#heat-map h3")
+        assert f"At step {last} " in page.text("#answer")
+        page.one("#fold-all").click()
+        rows = page.texts(".row-label")
+        assert len([row for row in rows if "conv_" in row]) == 200
+        page.one("#all-runs").click()
+        page.until(lambda: len(page.lines("layer")) == len(page.lines("loss")) == 20)
+        # What does not change is not drawn again: neither map nor other charts.
+        script = """
+            const charts = [...document.querySelectorAll('.chart svg[role=img]')];
+            for (const chart of charts) chart.dataset.before = 'yes';
+            const pen = document.querySelector('#heat-map canvas').getContext('2d');
+            pen.fillStyle = 'rgb(1, 2, 3)';
+            pen.fillRect(0, 0, 3, 3);
+            document.querySelector(arguments[0]).click();
+            return [
+              document.querySelectorAll('.chart svg[data-before=yes]').length,
+              charts.length, [...pen.getImageData(1, 1, 1, 1).data].slice(0, 3)];
+        """
+        kept, count, corner = browser.execute_script(script, "#live")
+        assert kept == count >= 8 and corner == [1, 2, 3]
+        other = ".row-label.inner[aria-selected=false]"
+        _, count, corner = browser.execute_script(script, other)
+        assert corner != [1, 2, 3]
+        kept = ".chart svg[data-before=yes]"
+        page.until(lambda: len(page.all(kept)) == count - 1)
+        browser.switch_to.default_content()
+        browser.get("about:blank")
+
+
+def test_narrow_windows_have_one_column_that_scrolls_as_a_whole(page, server):
+    size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        # Without TensorBoard's own bar around it.
+        page.browser.switch_to.default_content()
+        page.browser.get(f"{server.url}data/plugin_entry.html?name=curvature")
+        page.until(lambda: page.all(".content[aria-busy=false] .row-label"))
+        script = """
+            const box = (name) => document.querySelector(name).getBoundingClientRect();
+            const wide = [...document.querySelectorAll('#page *')].filter((node) =>
+              node.getBoundingClientRect().right > innerWidth);
+            return [wide.length, box('main').top - box('aside').bottom,
+              document.documentElement.scrollHeight > 2 * innerHeight];
+        """
+        assert page.browser.execute_script(script) == [0, 0, True]
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.browser.get_log("browser")  # A page by itself has no icon.
+
+
+def test_what_is_being_read_is_not_said_to_be_missing(page, server):
+    page.browser.execute_cdp_cmd("Network.enable", {})
+    hold = {"urls": ["*plugin/curvature/layers?*"]}
+    page.browser.execute_cdp_cmd("Network.setBlockedURLs", hold)
+    try:
+        page.browser.switch_to.default_content()
+        page.browser.get(f"{server.url}data/plugin_entry.html?name=curvature")
+        page.until(lambda: page.all("#page[data-state=ready]"))
+        page.until(lambda: page.text("[data-chart=layer] .note") == "Reading …")
+        assert page.text("#heat-map .note-line") == "Reading the layers …"
+        # No colours and no steps of nothing.
+        assert not page.one(".legend").is_displayed()
+        assert not page.one(".under").is_displayed()
+    finally:
+        page.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        page.browser.get_log("browser")
+
+
 def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
     """By name if there is one, or else by place among names that are alike."""
     script = """

@@ -40,6 +40,13 @@ class EinsumDenseRule(LayerRule):
             and set(a) <= set(w) | set(z)
         )
 
+    def unit_axes(self, layer: Any, rank: int) -> tuple[int, ...]:
+        """Those of groups and units, as the heads and features of an attention."""
+        a, w, out = _indices(layer)
+        # Of the input's rank; an ellipsis has as many axes in both.
+        a, w, out = _indices(layer, rank - len(out) + len(a))
+        return tuple(i for i, name in enumerate(out) if name in w)
+
     def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel and bias."""
         a, w, out = _indices(layer, len(inputs.shape))

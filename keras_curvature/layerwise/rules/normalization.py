@@ -56,10 +56,13 @@ class NormalizationRule(LayerRule):
             normalized = ops.stop_gradient(call(inputs, *args, **kwargs))
         return shift(z, normalized)
 
+    def unit_axes(self, layer: Any, rank: int) -> tuple[int, ...]:
+        """Those of scale and offset."""
+        return tuple(sorted(axis % rank for axis in _axes(layer)))
+
     def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Scale and offset."""
-        axis = getattr(layer, "axis", -1)
-        axes = axis if isinstance(axis, (list, tuple)) else [axis]
+        axes = _axes(layer)
         scale, offset = _scale_and_offset(layer)
         paths = []
         if scale is not None:
@@ -67,6 +70,11 @@ class NormalizationRule(LayerRule):
         if offset is not None:
             paths.append(Elementwise(offset, None, sum_to_axes(axes)))
         return paths
+
+
+def _axes(layer: Any) -> list[int]:
+    axis = getattr(layer, "axis", -1)
+    return list(axis) if isinstance(axis, (list, tuple)) else [axis]
 
 
 def _scale_and_offset(layer: Any) -> tuple[Any, Any]:

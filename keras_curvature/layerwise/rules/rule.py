@@ -51,6 +51,19 @@ class LayerRule:
         }
         return [v for v in layer.trainable_variables if id(v) not in inner]
 
+    def unit_axes(self, layer: Any, rank: int) -> tuple[int, ...]:
+        """The axes of a linear output along which the layer's units lie.
+
+        The others are samples and positions. Defaults to the last axis, or the second
+        one of a layer whose channels come first.
+
+        Args:
+            layer: the layer.
+            rank: number of axes of the output.
+        """
+        first = getattr(layer, "data_format", None) == "channels_first"
+        return (1 if first else rank - 1,)
+
     def call(
         self,
         layer: Any,

@@ -1,6 +1,7 @@
 """The server's side of the page: a few routes below `/data/plugin/curvature`."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -102,15 +103,21 @@ class CurvaturePlugin(base_plugin.TBPlugin):
         )
 
     def _layers(self, request: Request, ctx: Any, experiment: str) -> Response:
-        """One figure of a run's layers, `(layers, steps)`, at the table's steps."""
+        """One figure of a run's layers, `(layers, steps)`, at the table's steps.
+
+        As numbers of four bytes one after the other, for they are many; none if the run
+        does not have the figure.
+        """
         name = _wanted_runs(request)[0]
         run = self._reader.run(ctx, experiment, name)
-        key, rows = request.args.get("figure", ""), None
+        key, rows = request.args.get("figure", ""), b""
         if key in run.layer_keys:
             values = self._reader.layers(ctx, experiment, name)
             shown = _shown(request, run)
-            rows = reading.plain(values[shown, :, tags.LAYER_KEYS.index(key)].T)
-        return _respond(request, {"values": rows})
+            rows = (
+                values[shown, :, tags.LAYER_KEYS.index(key)].T.astype("<f4").tobytes()
+            )
+        return http_util.Respond(request, rows, "application/octet-stream")
 
     def _layer(self, request: Request, ctx: Any, experiment: str) -> Response:
         """All figures of one layer of a run, at the table's steps."""
@@ -181,7 +188,9 @@ def _shown(request: Request, run: reading.Run) -> np.ndarray:
 
 
 def _respond(request: Request, content: Any) -> Response:
-    return http_util.Respond(request, content, "application/json")
+    # Written here: TensorBoard would look at each number first, for what JSON lacks.
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return http_util.Respond(request, text, "application/json")
 
 
 def _wanted_runs(request: Request) -> list[str]:

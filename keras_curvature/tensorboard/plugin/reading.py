@@ -7,11 +7,13 @@ the same steps for all figures.
 """
 
 import collections
+import concurrent.futures
 import csv
 import dataclasses
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -34,6 +36,10 @@ from keras_curvature.tensorboard import tags
 _KEPT = 64
 _ALL = 10**6
 
+# Seconds for which a listing of all runs serves: a page asks for many things at once,
+# and each question to TensorBoard's fast loader may take 40 milliseconds of waiting.
+_LISTED = 1.0
+
 T = TypeVar("T")
 Tags = Mapping[str, TensorTimeSeries]
 Names = tuple[list[str], list[int]]
@@ -53,6 +59,7 @@ class Run:
         histograms: Tags of the histograms.
         has_density: Whether there are spectral densities.
         mode: How the layers ran; empty if the run does not tell.
+        tables: Steps, and the layers' names and sizes from there on.
     """
 
     steps: np.ndarray
@@ -63,6 +70,7 @@ class Run:
     histograms: list[str]
     has_density: bool
     mode: str
+    tables: list[tuple[int, Names]]
 
 
 class Reader:
@@ -77,9 +85,14 @@ class Reader:
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Any, tuple[Any, Any]]
         self._kept = collections.OrderedDict()
+        self._listed: dict[str, tuple[float, Mapping[str, Tags]]] = {}
+        self._helpers = concurrent.futures.ThreadPoolExecutor(4)
 
     def runs(self, ctx: RequestContext, experiment: str) -> list[dict[str, Any]]:
-        """Name and last step of each run with curvature in it, sorted by name."""
+        """Name and last step of each run with curvature in it, sorted by name.
+
+        What is asked for afterwards is at least as new.
+        """
         return [
             {"run": run, "last_step": max(s.max_step for s in known.values())}
             for run, known in sorted(self._list(ctx, experiment).items())
@@ -109,8 +122,8 @@ class Reader:
         self, read: Callable[..., T], ctx: RequestContext, experiment: str, run: str
     ) -> T:
         """What is read of a run, unless it was read and nothing was added since."""
-        known = self._list(ctx, experiment, run).get(run)
-        if known is None:
+        known = self._tags(ctx, experiment, run)
+        if not known:
             raise errors.NotFoundError(
                 f"There is no run with this name that has curvature. "
                 f"Received: run={run!r}"
@@ -134,7 +147,7 @@ class Reader:
         self, ctx: RequestContext, experiment: str, run: str
     ) -> list[tuple[int, np.ndarray]]:
         """Steps and spectral densities: eigenvalue, density and error in rows."""
-        known = self._list(ctx, experiment, run).get(run, {})
+        known = self._tags(ctx, experiment, run)
         wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_DENSITY}/")]
         points = self._tensors(ctx, experiment, run, wanted)
         return sorted(
@@ -152,16 +165,21 @@ class Reader:
         found = self._tensors(ctx, experiment, run, [tag], HISTOGRAMS).get(tag, ())
         return [(point.step, point.numpy) for point in found]
 
-    def _list(
-        self, ctx: RequestContext, experiment: str, run: str | None = None
-    ) -> Mapping[str, Tags]:
+    def _list(self, ctx: RequestContext, experiment: str) -> Mapping[str, Tags]:
+        """Our tags by run, as they are now."""
+        now = time.monotonic()
         listed: Mapping[str, Tags] = self._provider.list_tensors(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=tags.PLUGIN_NAME,
-            run_tag_filter=None if run is None else RunTagFilter(runs=[run]),
+            ctx, experiment_id=experiment, plugin_name=tags.PLUGIN_NAME
         )
+        self._listed[experiment] = now, listed
         return listed
+
+    def _tags(self, ctx: RequestContext, experiment: str, run: str) -> Tags:
+        """The tags of a run; none if there is no such run."""
+        when, listed = self._listed.get(experiment, (-_LISTED, {}))
+        if time.monotonic() - when > _LISTED or run not in listed:
+            listed = self._list(ctx, experiment)
+        return listed.get(run, {})
 
     def _tensors(
         self,
@@ -184,8 +202,15 @@ class Reader:
         return found
 
     def _run(self, ctx: RequestContext, experiment: str, run: str, known: Tags) -> Run:
+        # Answers that take a while, most of it waiting.
+        asked, help_with = (ctx, experiment, run, known), self._helpers.submit
+        layer_keys = help_with(self._layer_keys, *asked)
+        histograms = help_with(self._histogram_tags, *asked)
+        mode = help_with(self._mode, *asked)
         wanted = [tag for tag in known if tag.startswith(f"{tags.PAGE_FIGURES}/")]
-        points = self._tensors(ctx, experiment, run, wanted)
+        table = [tags.LAYER_TABLE] if tags.LAYER_TABLE in known else []
+        points = dict(self._tensors(ctx, experiment, run, [*wanted, *table]))
+        tables = [(p.step, _names(p.numpy)) for p in points.pop(tags.LAYER_TABLE, ())]
         steps = _steps(points)
         column = {step: i for i, step in enumerate(steps)}
         figures: dict[str, np.ndarray] = {}
@@ -196,25 +221,24 @@ class Reader:
             for key, own in zip(keys, values.T, strict=True):
                 empty = np.full(len(steps), np.nan, "f4")
                 figures.setdefault(key, empty)[at] = own
-        tables = self._tables(ctx, experiment, run)
         names, sizes = tables[-1][1] if tables else ([], [])
         return Run(
             np.array(steps, "int64"),
             names,
             sizes,
             {k: v for k, v in figures.items() if np.isfinite(v).any()},
-            self._layer_keys(ctx, experiment, run, known),
-            self._histogram_tags(ctx, experiment, run),
+            layer_keys.result(),
+            histograms.result(),
             any(tag.startswith(f"{tags.PAGE_DENSITY}/") for tag in known),
-            self._mode(ctx, experiment, run),
+            mode.result(),
+            tables,
         )
 
     def _layers(
         self, ctx: RequestContext, experiment: str, run: str, known: Tags
     ) -> np.ndarray:
-        steps = self.run(ctx, experiment, run).steps.tolist()
-        tables = self._tables(ctx, experiment, run)
-        names, _ = tables[-1][1] if tables else ([], [])
+        told = self.run(ctx, experiment, run)
+        steps, tables, names = told.steps.tolist(), told.tables, told.layers
         shape = len(steps), len(names), len(tags.LAYER_KEYS)
         values = np.full(shape, np.nan, "f4")
         place = {step: i for i, step in enumerate(steps)}
@@ -243,26 +267,19 @@ class Reader:
         there = np.isfinite(found[tag][-1].numpy).any(axis=0)
         return [key for key, known in zip(keys, there, strict=True) if known]
 
-    def _tables(
-        self, ctx: RequestContext, experiment: str, run: str
-    ) -> list[tuple[int, Names]]:
-        """Steps, and the layers' names and sizes from there on."""
-        found = self._tensors(ctx, experiment, run, [tags.LAYER_TABLE])
-        return [(p.step, _names(p.numpy)) for p in found.get(tags.LAYER_TABLE, ())]
-
     def _histogram_tags(
-        self, ctx: RequestContext, experiment: str, run: str
+        self, ctx: RequestContext, experiment: str, run: str, known: Tags
     ) -> list[str]:
-        known = self._provider.list_tensors(
+        there = self._provider.list_tensors(
             ctx,
             experiment_id=experiment,
             plugin_name=HISTOGRAMS,
             run_tag_filter=RunTagFilter(runs=[run]),
         ).get(run, {})
         groups = (f"{tags.LAYER_HISTOGRAM}/", f"{tags.GRADIENT_HISTOGRAM}/")
-        return sorted(tag for tag in known if tag.startswith(groups))
+        return sorted(tag for tag in there if tag.startswith(groups))
 
-    def _mode(self, ctx: RequestContext, experiment: str, run: str) -> str:
+    def _mode(self, ctx: RequestContext, experiment: str, run: str, known: Tags) -> str:
         points = self._tensors(ctx, experiment, run, [tags.MODE], TEXTS).get(tags.MODE)
         return _text(points[-1].numpy.item()) if points else ""
 

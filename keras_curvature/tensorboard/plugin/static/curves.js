@@ -1,12 +1,15 @@
 // Curves over steps with error bands.
 
 import {CONVERGED} from './data.js';
-import {help, hideTooltip, html, showTooltip, svg} from './elements.js';
+import {
+  followWidth, help, hideTooltip, html, isShown, showTooltip, svg,
+} from './elements.js';
 import {formatNumber, formatStep, formatWithError, linearTicks, logTicks} from './format.js';
 import {saveCard} from './picture.js';
 
 const HEIGHT = 236;
 const MOSTLY = 0.9;
+const DOT_DISTANCE = 5;
 const MARGIN = {left: 66, right: 14, top: 10, bottom: 40};
 let charts = 0;
 
@@ -46,7 +49,7 @@ export class Curves {
     this.node = html(
       'section', {class: 'card chart', 'data-chart': id},
       cardHead(this.title, text, () => this.node), this.key, this.plot, this.note);
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.width = followWidth(this.plot, () => this.draw());
   }
 
   /**
@@ -56,7 +59,12 @@ export class Curves {
    * limit: {value, meaning} draws one dashed line for all runs. An empty list of series
    * shows the note `absent` instead. zoom: the steps to show, or null for all.
    */
-  update({title, axis, series, logarithmic, bands, smoothing, format, absent, limit, zoom}) {
+  update(wanted) {
+    const {series, limit, ...rest} = wanted;
+    const seen = [...Object.values(rest), limit?.value, limit?.meaning,
+      ...series.flatMap((line) => Object.values(line))];
+    if (isShown(this, seen)) return;
+    const {title, axis, logarithmic, bands, smoothing, format, absent, zoom} = wanted;
     Object.assign(this, {bands, axis, absent, limit, zoom, format: format ?? formatNumber});
     this.series = series.map((line) => ({...line, shown: smoothed(line, smoothing)}));
     this.title.textContent = title;
@@ -77,7 +85,7 @@ export class Curves {
     this.note.hidden = !empty && !this.zero;
     this.note.classList.toggle('over', this.zero);
     this.plot.hidden = empty;
-    const width = this.plot.clientWidth;  // Of what is hidden it is zero.
+    const width = this.width();
     if (empty || width < 120) return;
 
     this.scales(width);
@@ -131,8 +139,8 @@ export class Curves {
       const alone = line.values.filter((value) => value !== null).length === 1;
       if (alone) inside.append(...this.dots(line, (i) => line.values[i] !== null));
       if (line.bound) {
-        inside.append(...this.dots(line, (i) => isRough(line, i) && this.visible(line.values[i]),
-          'dot hollow'));
+        inside.append(...this.dots(line, this.apart(line,
+          (i) => isRough(line, i) && this.visible(line.values[i])), 'dot hollow'));
       }
     }
     this.selection = svg('rect', {class: 'selection', y: MARGIN.top, height: bottom - MARGIN.top});
@@ -215,6 +223,16 @@ export class Curves {
       ? [svg('circle', {class: kind, cx: this.x(step), cy: this.y(line.shown[i]), r: 3.5,
                         fill: line.colour, stroke: line.colour})]
       : []);
+  }
+
+  /** Of the places that are wanted those that do not lie on one another. */
+  apart(line, wanted) {
+    let before = -Infinity;
+    return (i) => {
+      if (!wanted(i) || this.x(line.steps[i]) < before + DOT_DISTANCE) return false;
+      before = this.x(line.steps[i]);
+      return true;
+    };
   }
 
   /** Shows where a step is, whichever chart the pointer is in. */

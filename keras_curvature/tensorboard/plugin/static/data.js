@@ -1,5 +1,7 @@
 // The server's routes, and the figures they speak of.
 
+import {remembered} from './remembered.js';
+
 /**
  * Figures of a layer, for the heat map and the layer's curve.
  * scale: "log" for curvature, whose sign is marked; "share" for 0 to 1.
@@ -35,10 +37,14 @@ function address(route, query = {}) {
   return url;
 }
 
-async function get(url) {
+async function answer(url) {
   const response = await fetch(url);
   if (!response.ok) throw new Error(`${response.status} ${response.statusText}`);
-  return response.json();
+  return response;
+}
+
+async function get(url) {
+  return (await answer(url)).json();
 }
 
 export async function fetchRuns() {
@@ -50,8 +56,15 @@ export function fetchTable(run) {
 }
 
 /** One figure of all layers, rows of layers, at the steps of a table; null if unknown. */
-export async function fetchLayers(run, figure, {num_probes: probes}) {
-  return (await get(address('layers', {run, figure, probes}))).values;
+export async function fetchLayers(run, figure, {layers, num_probes: probes}) {
+  const response = await answer(address('layers', {run, figure, probes}));
+  const values = new Float32Array(await response.arrayBuffer());
+  if (!values.length) return null;
+  const count = values.length / layers.length;
+  // As in JSON, what is not there is null.
+  return layers.map((_, i) => Array.from(
+    values.subarray(i * count, (i + 1) * count),
+    (value) => (Number.isFinite(value) ? value : null)));
 }
 
 /** All figures of one layer, at the steps of a table. */
@@ -104,7 +117,7 @@ export const CONVERGED = 0.25;
  * With a preconditioner that is the preconditioned Hessian's, whose bound is there before
  * the eigenvalue itself is. A threshold is only known for some optimizers.
  */
-export function stabilityOf(figures) {
+export const stabilityOf = remembered((figures) => {
   const threshold = figures.stability_threshold;
   const seen = figures.hessian_preconditioned_max_eigenvalue_error
     ? 'hessian_preconditioned_max_eigenvalue' : 'hessian_max_eigenvalue';
@@ -112,4 +125,4 @@ export function stabilityOf(figures) {
   const share = (column) => column?.map((value, i) =>
     value === null || !(threshold[i] > 0) ? null : value / threshold[i]);
   return {shares: share(figures[seen]), errors: share(figures[`${seen}_error`])};
-}
+});

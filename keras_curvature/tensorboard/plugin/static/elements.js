@@ -53,3 +53,25 @@ export function showTooltip(event, lines) {
 export function hideTooltip() {
   if (tooltip) tooltip.hidden = true;
 }
+
+/**
+ * Calls back when the width of a node has changed; gives a function that tells it. Asking
+ * the node itself makes the browser lay out the page, between any two things that are drawn.
+ */
+export function followWidth(node, onChange) {
+  let width = 0;
+  new ResizeObserver(([{contentRect}]) => {
+    if (contentRect.width === width) return;
+    width = contentRect.width;
+    onChange();
+  }).observe(node);
+  return () => width;
+}
+
+/** Whether a pane shows what follows from these values already; notes that it will. */
+export function isShown(pane, values) {
+  const seen = [document.documentElement.dataset.theme, ...values];
+  const same = pane.seen?.length === seen.length && seen.every((x, i) => x === pane.seen[i]);
+  pane.seen = seen;
+  return same;
+}

@@ -1,6 +1,6 @@
 // Layers over steps: one row a layer or a group of them, one column a probe.
 
-import {html, hideTooltip, showTooltip} from './elements.js';
+import {followWidth, html, hideTooltip, showTooltip} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError, logTicks} from './format.js';
 import {viridis, viridisParts} from './palette.js';
 
@@ -64,16 +64,15 @@ export class HeatMap {
     // What follows the pointer is drawn above the picture, which stays as it is.
     this.frame = html('div', {class: 'frame', hidden: true});
     this.axis = html('div', {class: 'steps', 'aria-hidden': 'true'});
+    this.under = html('div', {class: 'under'}, html('div', {class: 'step-title'}, 'step'), this.axis);
     this.legend = html('div', {class: 'legend'});
     this.note = html('p', {class: 'note-line', hidden: true});
     this.plot = html('div', {class: 'plot'}, this.canvas, this.frame);
     this.scroll = html('div', {class: 'scroll', tabindex: -1}, this.labels, this.plot);
     this.node = html(
-      'div', {class: 'heat-map'}, this.note, this.scroll,
-      html('div', {class: 'under'}, html('div', {class: 'step-title'}, 'step'), this.axis),
-      this.legend);
+      'div', {class: 'heat-map'}, this.note, this.scroll, this.under, this.legend);
     this.pointer = null;
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.width = followWidth(this.plot, () => this.draw());
   }
 
   /**
@@ -96,6 +95,7 @@ export class HeatMap {
     }
     this.note.textContent = note ?? (scale.zero ? 'All values are zero.' : '');
     this.note.hidden = !this.note.textContent;
+    this.legend.hidden = this.under.hidden = rows.length === 0;
     this.drawLegend();
     this.draw();
   }
@@ -112,7 +112,7 @@ export class HeatMap {
   }
 
   draw() {
-    const width = this.plot.clientWidth;
+    const width = this.width();
     if (!this.rows || width < 40) return;
     const [first, last] = this.columns;
     const count = last - first + 1;

@@ -7,13 +7,14 @@ import {
   csvAddress, fetchDensity, fetchHistogram, fetchLayer, fetchLayers, fetchRuns, fetchTable,
   FIGURES, firstOf, lastOf, median, stabilityOf, styleAddress,
 } from './data.js';
-import {help, html} from './elements.js';
+import {help, html, isShown} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError} from './format.js';
 import {colourScale, HeatMap} from './heat_map.js';
 import {HELP} from './help.js';
 import {followTheme, onReload} from './host.js';
 import {commonPrefix, groupsOf, matched, together} from './layers.js';
 import {runColour, runStroke} from './palette.js';
+import {remembered} from './remembered.js';
 import {readState, writeState} from './state.js';
 import {Strata} from './strata.js';
 
@@ -68,6 +69,7 @@ class Page {
     this.histograms = new Arrivals(fetchHistogram, soon);
     this.arrivals = [this.matrices, this.layerFigures, this.densities, this.histograms];
     this.built = new Map();
+    [this.drawn, this.cost] = [0, 0];  // When it was drawn last, and how long that took.
     this.restore(readState());
     this.build();
   }
@@ -212,10 +214,12 @@ class Page {
 
   drawSoon() {
     if (this.drawing) return;
-    this.drawing = requestAnimationFrame(() => {
+    // Of many things that arrive not each is drawn: it would be the next one's delay.
+    const pause = Math.max(0, this.drawn + 2 * this.cost - performance.now());
+    this.drawing = setTimeout(() => requestAnimationFrame(() => {
       this.drawing = null;
       this.draw();
-    });
+    }), pause);
   }
 
   async refresh() {
@@ -229,9 +233,11 @@ class Page {
         this.compared.has(run) || run === this.focus || run === this.versus;
       const unread = this.runs.filter(wanted)
         .filter(({run, last_step: last}) => this.tables.get(run)?.readUpTo !== last);
-      // The run in the map first: it is what one looks at.
-      unread.sort((a, b) => (b.run === this.focus) - (a.run === this.focus));
-      await Promise.all(unread.map(({run, last_step: last}) => this.read(run, last)));
+      // The run in the map first, for its layers are asked for when it is known.
+      const read = ({run, last_step: last}) => this.read(run, last);
+      const inMap = ({run}) => run === this.focus;
+      await Promise.all(unread.filter(inMap).map(read));
+      await Promise.all(unread.filter((one) => !inMap(one)).map(read));
       changed = unread.length > 0 || JSON.stringify(this.runs) !== before ||
         this.node.dataset.state === 'loading';
       this.problem.hidden = true;
@@ -305,6 +311,13 @@ class Page {
 
   /** What is on the page follows from the fields above, and from nothing else. */
   draw() {
+    const start = performance.now();
+    this.fill();
+    this.drawn = performance.now();
+    this.cost = this.drawn - start;
+  }
+
+  fill() {
     const table = this.tables.get(this.focus);
     const filled = table && table.steps.length > 0;
     const state = filled ? 'ready' : this.compared === null ? 'loading'
@@ -321,7 +334,7 @@ class Page {
     }
     this.drawSummary(table, rows);
     this.drawHeatMap(table, rows);
-    this.drawCurves();
+    this.drawCurves(rows === undefined);
     this.drawStrata(table);
     this.drawComparison(table, rows);
     const waiting = this.arrivals.some((one) => one.waiting > 0);
@@ -483,7 +496,12 @@ class Page {
     const folded = groups.every(({name}) => !name || this.isFolded(name));
     this.foldAll.textContent = folded ? 'Unfold all' : 'Fold all';
     this.sortChoice.value = this.sort;
-    const shown = rows === undefined ? [] : this.mapRows(table, rows, groups);
+    // Asked for at once, not when the figures are there.
+    const errors = this.figure.error ? this.rowsOf(this.focus, this.figure.error) : null;
+    const seen = [table, rows, errors, this.figure, this.layer, this.sort,
+      this.wantedLayers, this.zoom, groups.map(({name}) => this.isFolded(name)).join()];
+    if (isShown(this.heatMap, seen)) return;
+    const shown = rows === undefined ? [] : this.mapRows(table, rows, errors, groups);
     let [first, last] = [0, table.steps.length - 1];
     if (this.zoom) {
       const inside = table.steps.map((step, i) => [step, i])
@@ -497,8 +515,7 @@ class Page {
         : shown.length ? null : 'No layer has this in its name.'});
   }
 
-  mapRows(table, rows, groups) {
-    const errors = this.figure.error ? this.rowsOf(this.focus, this.figure.error) : null;
+  mapRows(table, rows, errors, groups) {
     const wanted = this.wantedLayers.toLowerCase();
     const one = (row, level) => ({
       name: table.layers[row], label: table.layers[row], values: rows[row],
@@ -521,7 +538,7 @@ class Page {
     return found.sort((a, b) => by(b) - by(a));
   }
 
-  drawCurves() {
+  drawCurves(reading) {
     const shown = this.shown();
     const share = this.figure.scale === 'share';
     const common = {
@@ -531,7 +548,8 @@ class Page {
     const waiting = [];
     this.curves.layer.update({
       ...common,
-      title: `${this.figure.label} · ${this.layer ?? 'no layer'}`,
+      title: this.figure.label +
+        (this.layer ? ` · ${this.layer}` : reading ? '' : ' · no layer'),
       axis: this.figure.label.toLowerCase(),
       logarithmic: this.logarithmic && !share,
       format: share ? formatShare : formatNumber,
@@ -546,7 +564,7 @@ class Page {
           values: figures?.[this.figure.key], errors: figures?.[this.figure.error],
           factor: 2});
       }),
-      absent: waiting.length ? 'Reading …'
+      absent: waiting.length || reading ? 'Reading …'
         : 'The chosen runs have no such figure for this layer.',
     });
     this.curves.stability.update({
@@ -605,8 +623,7 @@ class Page {
       this.density.update({
         title: `Density of all eigenvalues · ${name}`, axis: 'eigenvalue', zoom: this.zoom,
         says: 'share of the eigenvalues', absent: 'Reading …',
-        columns: (found ?? []).map(({step, grid, density}) => ({
-          step, bins: grid.slice(1).map((high, i) => [grid[i], high, density[i]])})),
+        columns: columnsOf(found ?? NOTHING),
       });
     }
     for (const [pane, group, what] of [
@@ -621,7 +638,7 @@ class Page {
       pane.update({
         title: `Entries of the ${what} · ${of} · ${name}`, signedLog: true, zoom: this.zoom,
         axis: 'signed logarithm', says: 'share of the entries', absent: 'Reading …',
-        columns: this.histograms.get([run, tag, table.num_probes], run, tag) ?? [],
+        columns: this.histograms.get([run, tag, table.num_probes], run, tag) ?? NOTHING,
       });
     }
   }
@@ -674,6 +691,12 @@ class Page {
     for (const chart of Object.values(this.curves)) chart.mark(step);
   }
 }
+
+const NOTHING = [];
+
+/** Densities as columns of bins. */
+const columnsOf = remembered((densities) => densities.map(({step, grid, density}) => ({
+  step, bins: grid.slice(1).map((high, i) => [grid[i], high, density[i]])})));
 
 function tileOf(label, key, text) {
   return html(

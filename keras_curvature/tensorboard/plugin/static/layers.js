@@ -1,5 +1,7 @@
 // Names of layers and runs: what they have in common, and which belong together.
 
+import {remembered} from './remembered.js';
+
 /** What all of some names begin with, cut behind a separator. */
 export function commonPrefix(names) {
   if (names.length < 2) return '';
@@ -19,7 +21,7 @@ function plain(name) {
  * Which layer of another model is which of this one: by its name, or else by the name
  * without Keras' counters and by its place among those that share it.
  */
-export function matched(layers, others) {
+export const matched = remembered((layers, others) => {
   const known = new Set(others);
   const places = new Map();
   for (const other of others) {
@@ -33,7 +35,7 @@ export function matched(layers, others) {
     seen.set(key, place + 1);
     return [layer, known.has(layer) ? layer : places.get(key)?.[place] ?? null];
   }));
-}
+});
 
 function stem(name) {
   const slash = name.lastIndexOf('/');

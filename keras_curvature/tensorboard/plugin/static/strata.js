@@ -1,7 +1,7 @@
 // A distribution at each probe, side by side: step to the right, value upwards.
 
 import {cardHead} from './curves.js';
-import {hideTooltip, html, showTooltip, svg} from './elements.js';
+import {followWidth, hideTooltip, html, isShown, showTooltip, svg} from './elements.js';
 import {formatNumber, formatShare, formatStep, linearTicks} from './format.js';
 import {viridis} from './palette.js';
 
@@ -22,26 +22,28 @@ export class Strata {
     this.note = html('p', {class: 'note'});
     this.node = html('section', {class: 'card chart', 'data-chart': id},
       cardHead(this.title, text, () => this.node), this.plot, this.note);
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.width = followWidth(this.plot, () => this.draw());
   }
 
   /**
    * columns: [{step, bins: [[low, high, weight]]}]; colours are logarithmic in the weight.
    * signedLog: whether the ends of bins are places on the histograms' axis.
    */
-  update({title, axis, columns, signedLog, absent, says, zoom}) {
+  update(wanted) {
+    if (isShown(this, Object.values(wanted))) return;
+    const {title, axis, columns, signedLog, absent, says, zoom} = wanted;
     Object.assign(this, {axis, signedLog, says});
     this.columns = columns.filter(
       ({step}) => !zoom || (step >= zoom[0] && step <= zoom[1]));
     this.title.textContent = title;
     this.note.textContent = absent;
     this.note.hidden = this.columns.length > 0;
-    this.plot.hidden = !this.columns.length;  // Before its width is asked for.
+    this.plot.hidden = !this.columns.length;
     this.draw();
   }
 
   draw() {
-    const width = this.plot.clientWidth;
+    const width = this.width();
     if (!this.columns?.length || width < 120) return;
     const {columns} = this;
     const bins = columns.flatMap((column) => column.bins).filter((bin) => bin[2] > 0);

@@ -1,0 +1,105 @@
+"""The default of sampled diagonals against random signs, on every small architecture.
+
+Each of `tests/small_architectures.py` is trained on its data, and looked at before and
+after. The truth is the dense Hessian; errors are root mean squares over seeds, of the
+whole diagonal and of the variable for which the default does worst, and over those of
+random signs on the parameters for as many products. Costs are in processor time.
+PyTorch needs no compilation, so `KERAS_BACKEND=torch` is the quick way to run it.
+
+    KERAS_BACKEND=torch python benchmarks/never_worse.py [NAME …]
+"""
+
+import pathlib
+import sys
+import time
+import warnings
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+
+import keras
+import measure
+import numpy as np
+import small_architectures as small
+
+import keras_curvature as kc
+from keras_curvature.diagonal import diagonal_moments, sampled_method
+
+#: Products, and seeds.
+COMPARED = [(4, 8), (16, 4)]
+
+#: Epochs of training before each look.
+CHECKPOINTS = (0, 100)
+
+#: Dense Hessians of more parameters would take long.
+DENSE = 2_000
+
+#: Variables whose share of the squared diagonal is less are of no account.
+SMALL = 1e-4
+
+
+def run(names=tuple(small.ARCHITECTURES)):
+    """Measures architectures; returns a list of rows."""
+    rows = []
+    for name in names:
+        keras.utils.set_random_seed(0)
+        model, x, y, *_ = small.ARCHITECTURES[name]()
+        for epochs in CHECKPOINTS:
+            if epochs:
+                model.compile(keras.optimizers.Adam(1e-2), model.loss)
+                model.fit(x, y, epochs=epochs, batch_size=len(y), verbose=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                op = kc.HessianOperator(model, x, y)
+                if op.shape[0] <= DENSE:
+                    rows += of_operator(name, epochs, op)
+        if tuple(names) == tuple(small.ARCHITECTURES):
+            measure.save("never_worse", rows)
+        measure.print_table(name, [r for r in rows if r["architecture"] == name])
+    return rows
+
+
+def of_operator(name, epochs, op):
+    """The rows of one model."""
+    truth = np.diag(op.to_dense()).astype("float64")
+    method = sampled_method(op)
+    rows = []
+    for products, seeds in COMPARED:
+        ours, our_seconds = errors(op, method, products, seeds, truth)
+        theirs, their_seconds = errors(op, "hutchinson", products, seeds, truth)
+        size = op.split(truth)
+        counted = [np.sum(s**2) > SMALL * np.sum(truth**2) for s in size]
+        by_variable = ours[1:][counted] / np.maximum(theirs[1:][counted], 1e-12)
+        rows.append(
+            {
+                "architecture": name,
+                "epochs": epochs,
+                "default": method,
+                "products": products,
+                "relative error": float(ours[0] / np.linalg.norm(truth)),
+                "ratio of errors": float(ours[0] / max(theirs[0], 1e-12)),
+                "of the worst variable": float(by_variable.max()),
+                "variables worse": int(np.sum(by_variable > 1.05)),
+                "variables": int(np.sum(counted)),
+                "ratio of seconds": our_seconds / their_seconds,
+            }
+        )
+    return rows
+
+
+def errors(op, method, products, seeds, truth):
+    """Root mean squared errors, in all and by variable, and processor seconds."""
+    squares, seconds = [], []
+    for seed in range(seeds):
+        start = time.process_time()
+        found = diagonal_moments(op, method, products, seed=seed)
+        value = measure.on_host(found.diagonal.value).astype("float64")
+        seconds.append(time.process_time() - start)
+        distance = op.split((value - truth) ** 2)
+        parts = [float(np.sum(d)) for d in distance]
+        squares.append([sum(parts), *parts])
+    return np.sqrt(np.mean(squares, axis=0)), float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    results = run(tuple(sys.argv[1:]) or tuple(small.ARCHITECTURES))
+    measure.print_table("The default against random signs", results)
