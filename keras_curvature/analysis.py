@@ -8,14 +8,16 @@ arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_curvature import estimators
-from keras_curvature.backend import Tensor
+from keras_curvature.axes import Axes
+from keras_curvature.axes import check as check_axes
+from keras_curvature.backend import Tensor, array, on
 from keras_curvature.diagonal import (
     AFFORDABLE_MATVECS,
     MAX_MATVECS,
@@ -41,6 +43,7 @@ def hessian_diagonal(
     max_matvecs: int = MAX_MATVECS,
     groups: Any = "joint",
     control_variate: bool | str = "auto",
+    axes: Sequence[Any] | None = None,
     verbose: bool | str = "auto",
     **options: Any,
 ) -> Estimate:
@@ -96,6 +99,13 @@ def hessian_diagonal(
             exact diagonal of the Gauss–Newton part G added, for one backward pass
             per scalar output of the model. `"auto"` does so if those passes are few
             for the number of samples.
+        axes: list with an entry for each variable, whose diagonal is taken in other
+            coordinates: `None` for its entries, or a pair of orthogonal matrices A
+            and B, of which one may be `None` for ones. The variable is read as a
+            matrix W with as many rows as A, and the diagonal is that by `Aᵀ W B`, in
+            the variable's shape. `DiagonalNewton(axes="layer").curvature_axes()` is
+            such a list. For the methods `"exact"` (which takes a product for each
+            entry then), `"layerwise"` and `"hutchinson"`.
         verbose: whether to show progress; `"auto"` does if it takes long.
         **options: further arguments of `HessianOperator`.
 
@@ -122,6 +132,7 @@ def hessian_diagonal(
             progress,
             groups=groups,
             control_variate=control_variate,
+            axes=None if axes is None else _axes_of(operator, axes),
         )
     estimate: Any = moments.diagonal
     result: Estimate = dataclasses.replace(
@@ -130,6 +141,22 @@ def hessian_diagonal(
         standard_error=_as_arrays(operator, estimate.standard_error),
     )
     return result
+
+
+def _axes_of(operator: HessianOperator, axes: Sequence[Any]) -> list[Axes]:
+    """Axes as a user gave them, as tensors next to the operator."""
+    layout = operator.evaluation.loss.layout
+    found: list[Axes] = []
+    with on(operator.place):
+        for given, dtype in zip(
+            check_axes(axes, layout.shapes), layout.dtypes, strict=True
+        ):
+            if given is None:
+                found.append(None)
+                continue
+            left, right = (None if q is None else array(q, dtype) for q in given)
+            found.append((left, right))
+    return found
 
 
 #: Methods that give a diagonal, and better ones if only its sum is asked for.

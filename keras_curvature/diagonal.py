@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from keras_curvature import estimators
+from keras_curvature.axes import Axes
 from keras_curvature.estimators import Moments
 from keras_curvature.layerwise import (
     ExactDiagonal,
@@ -17,7 +18,7 @@ from keras_curvature.layerwise import (
     find_structure,
 )
 from keras_curvature.loss import FunctionLoss, TrainingLoss
-from keras_curvature.operators import BasisDiagonal, HessianOperator
+from keras_curvature.operators import BasisDiagonal, HessianOperator, TurnedOperator
 from keras_curvature.progress import Progress
 from keras_curvature.split_diagonal import SplitMoments
 
@@ -34,6 +35,9 @@ METHODS = (
     "hutchinson",
     "gauss_newton",
 )
+
+#: Those that know the diagonal in axes of the variables.
+IN_AXES = ("auto", "exact", "layerwise", "hutchinson")
 
 #: Those whose price is a number of samples.
 SAMPLED = ("shrunk", "split", "layerwise", "hutchinson")
@@ -52,6 +56,12 @@ CONTROL_NOISE = 0.5
 
 #: Keeps the draws of samples at the layers' outputs apart from those of estimators.
 _PURPOSE = 4
+
+_NO_LAYERS = (
+    "Curvature at the layers' outputs does not give the diagonal here: the samples of "
+    "a batch interact (a layer mixes them), or there is no Keras model to open. Using "
+    "random signs on the parameters (Hutchinson) instead."
+)
 
 #: Samples of the diagonal when neither a budget nor a tolerance is given.
 LAYERWISE_SAMPLES = 8
@@ -149,6 +159,7 @@ def diagonal_moments(
     samples: int = LAYERWISE_SAMPLES,
     groups: Any = "joint",
     control_variate: bool | str = "auto",
+    axes: Sequence[Axes] | None = None,
 ) -> Moments:
     """`hessian_diagonal` and the trace that comes with it, for an operator.
 
@@ -163,22 +174,24 @@ def diagonal_moments(
         samples: samples of `"layerwise"` when there is no budget.
         groups: which layers share a product.
         control_variate: whether the Gauss–Newton part is computed exactly.
+        axes: of each variable, as tensors.
 
     Returns:
         `Moments` whose tensors are flat and stay on the device, without a norm.
     """
     check_choice(method, METHODS)
+    if axes is not None:
+        asked = num_matvecs, tolerance, samples
+        method = _method_in_axes(operator, method, num_matvecs)
+        return _in_axes(
+            operator, list(axes), method, asked, seed, max_matvecs, progress, groups
+        )
     usual = groups == "joint" and control_variate == "auto"
     plan, by_layers = None, has_layers(operator)
     if method == "auto":
         method, plan = chosen(operator, num_matvecs, seed, usual)
     if method == "layerwise" and not by_layers:
-        warnings.warn(
-            "Curvature at the layers' outputs does not give the diagonal here: the "
-            "samples of a batch interact (a layer mixes them), or there is no Keras "
-            "model to open. Using random signs on the parameters (Hutchinson) instead.",
-            stacklevel=3,
-        )
+        warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
     sampled = num_matvecs is not None or tolerance is not None
     if method == "exact":
@@ -266,6 +279,85 @@ def _told(
     return dataclasses.replace(
         moments, diagonal=dataclasses.replace(diagonal, ways=told)
     )
+
+
+def _method_in_axes(
+    operator: HessianOperator, method: str, num_matvecs: int | None
+) -> str:
+    """What a method stands for in axes of the variables.
+
+    Known there are products with H, and samples at the layers' outputs.
+    """
+    if method == "auto":
+        budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+        if operator.shape[0] <= budget:
+            return "exact"
+        return "layerwise" if has_layers(operator) else "hutchinson"
+    if method not in IN_AXES:
+        raise ValueError(
+            "In axes of the variables the diagonal is known by other methods: "
+            f"{', '.join(map(repr, IN_AXES))}. Received: method={method!r}"
+        )
+    if method == "layerwise" and not has_layers(operator):
+        warnings.warn(_NO_LAYERS, stacklevel=5)
+        return "hutchinson"
+    return method
+
+
+def _in_axes(
+    operator: HessianOperator,
+    axes: list[Axes],
+    method: str,
+    budget: tuple[int | None, float | None, int],
+    seed: int,
+    max_matvecs: int,
+    progress: Progress | None,
+    groups: Any,
+) -> Moments:
+    """The diagonal of `Qᵀ H Q`, and the trace, which is that of H.
+
+    Args:
+        operator: the operator H.
+        axes: Q, by variable.
+        method: one of `IN_AXES`, but not `"auto"`.
+        budget: products, tolerance, and samples if neither is given.
+        seed: of the random signs.
+        max_matvecs: limit of the exact method.
+        progress: is told.
+        groups: which layers share a product.
+    """
+    num_matvecs, tolerance, samples = budget
+    if method == "layerwise":
+        draw, key = (
+            _layerwise(operator, groups, False).samples,
+            estimators.seed_key(seed, _PURPOSE),
+        )
+        unasked = num_matvecs is None and tolerance is None
+        moments = estimators.sampled_moments(
+            lambda start, width: draw(key, start, width, axes),
+            samples if unasked else num_matvecs,
+            tolerance,
+            operator.sizes,
+            progress,
+            operator.place,
+        )
+        ways = operator.evaluation.once(find_structure).coverage
+        return _told(moments, operator, _SAMPLED, ways)
+    turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
+    if method == "exact":
+        check_affordable(operator.shape[0], max_matvecs, 'method="layerwise"')
+        moments = estimators.exact_moments(turned, operator.sizes, progress)
+        return _told(moments, operator, _EXACT)
+    moments = estimators.hutchinson_moments(
+        turned,
+        num_matvecs,
+        tolerance,
+        seed,
+        operator.sizes,
+        diagonal=True,
+        progress=progress,
+    )
+    return _told(moments, operator, _SAMPLED)
 
 
 def has_layers(operator: HessianOperator) -> bool:

@@ -24,12 +24,15 @@ def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
 
     Returns:
         A flat tensor `(P,)` on the device; `None` for an optimizer that has none, or
-        none that is known, and before its first step.
+        none that is known, and before its first step. One that steps in axes of its
+        variables divides by no diagonal.
     """
     optimizer = single(optimizer)
     if optimizer is None or not number_of_steps(optimizer):
         return None
     variables = optimizer_variables(optimizer)
+    if _has_axes(optimizer):
+        return None
     if hasattr(optimizer, "preconditioner"):
         parts = optimizer.preconditioner()
     else:
@@ -42,6 +45,12 @@ def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
     flat = operator.flatten([by_variable[id(v)] for v in operator.variables])
     # Entries that never had a gradient would be infinitely stiff.
     return ops.maximum(flat, 1e-12)
+
+
+def _has_axes(optimizer: Any) -> bool:
+    """Whether an optimizer steps in other axes than the entries of its variables."""
+    axes = optimizer.curvature_axes() if hasattr(optimizer, "curvature_axes") else []
+    return any(one is not None for one in axes)
 
 
 def _of_squares(optimizer: Any) -> list[Tensor] | None:

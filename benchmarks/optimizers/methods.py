@@ -80,6 +80,18 @@ METHODS = {
         _DEFAULT,
         values=(0.0004, 0.02),
     ),
+    "DiagonalNewton, axes": Method(
+        lambda: kc.DiagonalNewton(weight_decay=0.0004, axes="layer"),
+        _DEFAULT,
+        values=(0.0004, 0.02),
+        **_FEED,
+    ),
+    # What the axes alone are worth.
+    "axes, without curvature": Method(
+        lambda: kc.DiagonalNewton(weight_decay=0.0004, axes="layer"),
+        _DEFAULT,
+        values=(0.0004, 0.02),
+    ),
     "DiagonalNewton, defaults": Method(
         kc.DiagonalNewton, _DEFAULT, tuned=False, **_FEED
     ),

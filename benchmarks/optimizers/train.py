@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import ops
 
 import keras_curvature as kc
-from keras_curvature.callbacks.hand_over import hand_over
+from keras_curvature.callbacks.hand_over import hand_over, wanted_axes
 from keras_curvature.diagonal import diagonal_moments
 
 #: Share of the budget in which the learning rate rises; then it falls to zero.
@@ -165,7 +165,13 @@ class Trainer:
             self._operator = kc.HessianOperator(self.model, *batch)
         else:
             self._operator.set_data(*batch)
-        moments = diagonal_moments(self._operator, method, 1, seed=seed % 2**31)
+        moments = diagonal_moments(
+            self._operator,
+            method,
+            1,
+            seed=seed % 2**31,
+            axes=wanted_axes(self.model, self._operator),
+        )
         hand_over(self.model, self._operator, moments.diagonal.value)
 
     def _train_block(self, batches, rates):

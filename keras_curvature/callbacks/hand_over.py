@@ -2,10 +2,11 @@
 
 An optimizer takes curvature if it has a method `update_hessian_diagonal(diagonals)`,
 which is given a list of tensors, one for each trainable variable that the optimizer was
-built with. Three more are used where they are there: `statistics()` goes into the
-record, `preconditioner()` and `stability_threshold()` tell what `stability` needs; and
-`compute_with(on_variables)`, or else `compile_with(compiler)`, is called before the
-first of them.
+built with. Four more are used where they are there: `curvature_axes()` gives the axes
+in which it wants each variable's diagonal (see `keras_curvature.axes`); `statistics()`
+goes into the record, `preconditioner()` and `stability_threshold()` tell what
+`stability` needs; and `compute_with(on_variables)`, or else `compile_with(compiler)`,
+is called before the first of them.
 """
 
 import functools
@@ -16,12 +17,35 @@ from typing import Any
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.keras_internals import optimizer_variables, unwrapped
 from keras_curvature.operators import HessianOperator
 from keras_curvature.parameters import Layout
 from keras_curvature.preconditioning import number
 from keras_curvature.stability import optimizer_of, rate_of
+
+
+def wanted_axes(model: Any, operator: HessianOperator) -> list[Axes] | None:
+    """The axes in which the optimizers want the diagonal of each variable.
+
+    They move from step to step: to be asked for right before a delivery is measured.
+
+    Args:
+        model: the Keras model that trains.
+        operator: the operator whose diagonal is delivered.
+
+    Returns:
+        Axes by variable of the operator; `None` where all want their entries.
+    """
+    by_variable: dict[int, Axes] = {}
+    for optimizer in _takers(optimizer_of(model)):
+        if hasattr(optimizer, "curvature_axes"):
+            variables = optimizer_variables(optimizer) or model.trainable_variables
+            axes = optimizer.curvature_axes()
+            by_variable.update(zip(map(id, variables), axes, strict=True))
+    axes = [by_variable.get(id(v)) for v in operator.variables]
+    return axes if any(one is not None for one in axes) else None
 
 
 def hand_over(model: Any, operator: HessianOperator, flat: Tensor) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_curvature import record as records
-from keras_curvature.callbacks.hand_over import hand_over
+from keras_curvature.callbacks.hand_over import hand_over, wanted_axes
 from keras_curvature.callbacks.sharpness import Sharpness, critical_figures
 from keras_curvature.critical import CriticalSearch
 from keras_curvature.diagonal import (
@@ -85,7 +85,7 @@ class Measurement:
         """
         spent, diagonal, subspace = 0, None, None
         if self._diagonal is not None:
-            diagonal = self._estimate_diagonal(operator, step)
+            diagonal = self._estimate_diagonal(model, operator, step)
             spent += diagonal.num_matvecs
             hand_over(model, operator, diagonal.diagonal.value)
         if self._num_matvecs:
@@ -140,16 +140,22 @@ class Measurement:
             price = price * bool(parts) + ["a gradient and five to six losses"]
         return "; and ".join(price)
 
-    def _estimate_diagonal(self, operator, step):
+    def _estimate_diagonal(self, model, operator, step):
         sampled = self._method in SAMPLED
+        axes = wanted_axes(model, operator)
         moments = diagonal_moments(
             operator,
             self._method,
             self._diagonal_samples if sampled else None,
             seed=self._seed_at(step),
             samples=self._diagonal_samples,
+            axes=axes,
         )
-        if self._method == "auto" and moments.trace.standard_error != 0:
+        if (
+            axes is None
+            and self._method == "auto"
+            and moments.trace.standard_error != 0
+        ):
             # Found too dear once, which need not be found out again. What is cheap
             # depends on the weights, and is looked at anew.
             self._method = sampled_method(operator)

@@ -1,13 +1,14 @@
 """Derivatives of the loss by shifts at its layers' outputs."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import keras
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes, turned
 from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.layerwise.opened import (
@@ -18,7 +19,7 @@ from keras_curvature.layerwise.opened import (
     Statistic,
     run_opened,
 )
-from keras_curvature.layerwise.rules import stacked_products
+from keras_curvature.layerwise.rules import path_in_axes, stacked_products
 from keras_curvature.layerwise.structure import (
     Name,
     Structure,
@@ -183,6 +184,7 @@ class LayerRecording:
         batch: `(x, y, sample_weight)`.
         outputs: whether the model's outputs are shifted as well.
         residual: see `OpenedLoss`.
+        axes: axes of each variable that diagonals are taken in; `None` for entries.
 
     Attributes:
         structure: as given.
@@ -198,8 +200,10 @@ class LayerRecording:
         batch: Batch,
         outputs: bool = False,
         residual: bool = False,
+        axes: Sequence[Axes] | None = None,
     ):
         self.structure = structure
+        self._axes = axes or [None] * len(state.values)
         self._made_of = state, batch
         opened = OpenedLoss(structure, outputs, residual)
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
@@ -253,6 +257,10 @@ class LayerRecording:
             if path.variable is variable
         ]
 
+    def turned(self, i: int, x: Tensor) -> Tensor:
+        """What is shaped like a variable, by number, in that variable's axes."""
+        return turned(x, self._axes[i])
+
     @property
     def statistics(self) -> list[Statistic]:
         """The statistics of the batch."""
@@ -299,7 +307,7 @@ class LayerRecording:
     def diagonal(
         self, v: Mapping[Name, Tensor], u: Mapping[Name, Tensor]
     ) -> list[Tensor]:
-        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n) + v ⊙ u` for every variable.
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n) + v ⊙ u` for every variable, in its axes.
 
         Args:
             v: a direction of the joint space; zero for what it lacks.
@@ -311,16 +319,23 @@ class LayerRecording:
         values = self._made_of[0].values
         diagonal = []
         for i, value in enumerate(values):
-            part = v[i] * u[i] if i in v else ops.zeros_like(value)
+            part = ops.zeros_like(value)
+            if i in v:
+                part = self.turned(i, v[i]) * self.turned(i, u[i])
             mine = [(path, place) for path, place in self.paths(i) if place in v]
             if mine:
                 part = part + stacked_products(
-                    [path for path, _ in mine],
+                    [self._in_axes(i, path) for path, _ in mine],
                     [v[place] for _, place in mine],
                     [u[place] for _, place in mine],
                 )
             diagonal.append(part)
         return diagonal
+
+    def _in_axes(self, i: int, path: Any) -> Any:
+        """A path of a variable, by number, to its axes."""
+        axes = self._axes[i]
+        return path if axes is None else path_in_axes(path, axes)
 
 
 def _lagrangian(

@@ -30,6 +30,7 @@ import numpy as np
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
@@ -45,8 +46,8 @@ from keras_curvature.loss import State
 #: One sample of the diagonal, a tensor for each variable, from a key; while tracing.
 Draw: TypeAlias = Callable[[Tensor], list[Tensor]]
 
-#: The loss, and what draws samples; from state and batch.
-Prepared: TypeAlias = Callable[[State, Batch], tuple[Tensor, Draw]]
+#: The loss, and what draws samples; from state, batch, and axes where there are some.
+Prepared: TypeAlias = Callable[..., tuple[Tensor, Draw]]
 
 
 class Samples:
@@ -54,7 +55,8 @@ class Samples:
 
     Args:
         evaluation: of a `TrainingLoss`.
-        prepared: pure function of state and batch to the loss and a `Draw`.
+        prepared: pure function of state and batch, and of axes where samples are asked
+            for in some, to the loss and a `Draw`.
     """
 
     def __init__(self, evaluation: Evaluation, prepared: Prepared):
@@ -67,7 +69,9 @@ class Samples:
         """P, the number of entries of the diagonal."""
         return self._layout.size
 
-    def __call__(self, key: Tensor, start: int, width: int) -> Tensor:
+    def __call__(
+        self, key: Tensor, start: int, width: int, axes: list[Axes] | None = None
+    ) -> Tensor:
         """Samples number `start … start + width − 1`.
 
         Args:
@@ -75,17 +79,21 @@ class Samples:
                 and the model's state alone.
             start: number of the first one.
             width: how many; they share one forward pass and gradient.
+            axes: of each variable, whose diagonals are taken in them; `None` for
+                entries.
 
         Returns:
             Tensor `(P, width)`, on the device.
         """
         numbers = np.arange(start, start + width, dtype="int32")
-        return self._mean(key, backend.array(numbers))
+        given = [] if axes is None else [axes]
+        return self._mean(key, backend.array(numbers), *given)
 
     def _draw(
-        self, state: State, batch: Batch, key: Tensor, numbers: Tensor, number: Tensor
+        self, state: State, batch: Batch, key: Tensor, numbers: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        loss, draw = self._prepared(state, batch)
+        *axes, number = rest
+        loss, draw = self._prepared(state, batch, *axes)
 
         def sample(i: Any) -> Tensor:
             # Fresh signs for each sample and each batch of the data.
@@ -125,9 +133,11 @@ class LayerwiseDiagonal:
         self._control_variate = control_variate
         self.samples = Samples(evaluation, self._prepared)
 
-    def _prepared(self, state: State, batch: Batch) -> tuple[Tensor, Draw]:
+    def _prepared(
+        self, state: State, batch: Batch, axes: list[Axes] | None = None
+    ) -> tuple[Tensor, Draw]:
         recording = LayerRecording(
-            self._structure, state, batch, outputs=self._control_variate
+            self._structure, state, batch, outputs=self._control_variate, axes=axes
         )
         parts = [(recording, group) for group in self._groups]
         known: dict[int, Tensor] = {}

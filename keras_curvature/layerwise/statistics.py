@@ -80,11 +80,15 @@ class ThroughStatistics:
         self, signs: Mapping[Name, Tensor], u: Mapping[Name, Tensor]
     ) -> list[Tensor]:
         """`(Gᵀ r) ⊙ (2 Jᵀ B r + Gᵀ C r)` for signs r, and the product along them."""
-        names, carried = self._statistics, self._recording.carried
+        names, recording = self._statistics, self._recording
+        carried = recording.carried
         left = carried(self._back({n: signs[n] / self._units[n] for n in names}))
         back = self._back({n: u[n] for n in names})
         right = carried({name: 2 * u[name] + part for name, part in back.items()})
-        return [a * b for a, b in zip(left, right, strict=True)]
+        return [
+            recording.turned(i, a) * recording.turned(i, b)
+            for i, (a, b) in enumerate(zip(left, right, strict=True))
+        ]
 
     def exact(self) -> list[Tensor]:
         """The sum over all statistics, a tensor for each variable."""

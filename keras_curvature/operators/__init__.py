@@ -3,5 +3,11 @@
 from keras_curvature.operators.basis_diagonal import BasisDiagonal
 from keras_curvature.operators.hessian import HessianOperator
 from keras_curvature.operators.preconditioned import PreconditionedOperator
+from keras_curvature.operators.turned import TurnedOperator
 
-__all__ = ["BasisDiagonal", "HessianOperator", "PreconditionedOperator"]
+__all__ = [
+    "BasisDiagonal",
+    "HessianOperator",
+    "PreconditionedOperator",
+    "TurnedOperator",
+]

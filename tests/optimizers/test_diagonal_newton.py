@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_curvature.optimizers import DiagonalNewton
-from keras_curvature.optimizers.trust_region import newton_direction
+from keras_curvature.optimizers.trust_region import newton_direction, trust_radius
 
 # float32, sums over a few dozen terms and square roots of running averages.
 RTOL = {"float32": 2e-5, "float64": 1e-11}
@@ -105,8 +105,9 @@ def test_trajectory(dtype, beta_1, relative_radius, request):
 
 def direction_of(*arrays, radius):
     """`newton_direction` of four entries."""
-    arrays = [keras.ops.convert_to_tensor(a, "float32") for a in arrays]
-    return keras.ops.convert_to_numpy(newton_direction(*arrays, radius, 0.1))
+    *arrays, values = [keras.ops.convert_to_tensor(a, "float32") for a in arrays]
+    direction = newton_direction(*arrays, trust_radius(values, radius, 0.1))
+    return keras.ops.convert_to_numpy(direction)
 
 
 def test_sizes_in_the_rule():
@@ -373,6 +374,7 @@ def test_config_round_trip():
         "beta_2": 0.7,
         "radius": None,
         "relative_radius": 0.2,
+        "axes": "layer",
         "weight_decay": 0.01,
         "clipnorm": 2.0,
         "clipvalue": None,
@@ -406,6 +408,7 @@ def test_defaults_survive_the_config():
         {"radius": 0.0},
         {"radius": float("nan")},
         {"relative_radius": -0.1},
+        {"axes": "layers"},
     ],
 )
 def test_argument_errors(argument):

@@ -221,8 +221,22 @@ def test_weight_decay_exclusions():
             {"steps_per_execution": PER_EXECUTION},
         ),
         ({"mixed": True, "learning_rate": SCHEDULE}, {}),
+        ({"axes": "layer", "weight_decay": 0.01}, {}),
+        ({"axes": "layer"}, {"jit_compile": True}),
+        ({"axes": "layer", "gradient_accumulation_steps": 2}, {}),
+        ({"axes": "layer", "mixed": True}, {}),
     ],
-    ids=["plain", "xla", "accumulation", "ema_decay_clip", "mixed_schedule"],
+    ids=[
+        "plain",
+        "xla",
+        "accumulation",
+        "ema_decay_clip",
+        "mixed_schedule",
+        "axes_decay",
+        "axes_xla",
+        "axes_accumulation",
+        "axes_mixed",
+    ],
 )
 def test_resumes_bit_for_bit(options, compiling, tmp_path):
     """Saved as `.keras` in mid-training, curvature included."""
@@ -361,9 +375,10 @@ def test_deliveries_do_not_retrace():
     assert len(traces) == once
 
 
+@pytest.mark.parametrize("axes", [None, "layer"], ids=["entries", "axes"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed_float16"])
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own distribution")
-def test_two_replicas(request, mixed):
+def test_two_replicas(request, mixed, axes):
     """`MirroredStrategy`: as on one device; deliveries come from outside its scope."""
     import tensorflow as tf
 
@@ -381,7 +396,7 @@ def test_two_replicas(request, mixed):
                         layers.Dense(1),
                     ]
                 )
-                optimizer = newton = DiagonalNewton(weight_decay=0.01)
+                optimizer = newton = DiagonalNewton(weight_decay=0.01, axes=axes)
                 if mixed:
                     # Keras looks for overflow in the first replica alone: start low.
                     optimizer = keras.optimizers.LossScaleOptimizer(newton, 16.0)

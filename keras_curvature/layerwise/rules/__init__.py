@@ -12,6 +12,7 @@ from keras_curvature.layerwise.rules.paths import (
     Elementwise,
     Lookup,
     OuterProduct,
+    path_in_axes,
     stacked_products,
 )
 from keras_curvature.layerwise.rules.rule import (
@@ -27,6 +28,7 @@ __all__ = [
     "OuterProduct",
     "register_layer_rule",
     "rule_for",
+    "path_in_axes",
     "stacked_products",
     "convolution",
     "dense",

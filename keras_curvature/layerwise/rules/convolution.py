@@ -124,7 +124,7 @@ def _kernel_path(
         moved = ops.moveaxis(products, -3, -2)
         return ops.reshape(moved, lead + list(kernel.shape))
 
-    return OuterProduct(kernel, inputs, rows, columns, arrange)
+    return OuterProduct(kernel, inputs, rows, columns, arrange, matrix=groups == 1)
 
 
 def _pixels(layer: Any, v: Tensor, groups: int) -> Tensor:

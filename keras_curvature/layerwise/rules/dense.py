@@ -35,6 +35,11 @@ class DenseRule(LayerRule):
     def paths(self, layer: Any, inputs: Any, z: Tensor) -> list[Any]:
         """Kernel and bias."""
         kernel = OuterProduct(
-            layer.kernel, inputs, as_positions, as_positions, lambda w: w[..., 0, :, :]
+            layer.kernel,
+            inputs,
+            as_positions,
+            as_positions,
+            lambda w: w[..., 0, :, :],
+            matrix=True,
         )
         return [kernel, *bias_path(layer)]

@@ -69,6 +69,7 @@ class EinsumDenseRule(LayerRule):
             lambda x: _grouped(x, a, positions, groups, rows),
             lambda v: _grouped(v, out, positions, groups, columns),
             arrange,
+            matrix=not groups and rows + columns == list(w),
         )
         if layer.bias is None:
             return [kernel]

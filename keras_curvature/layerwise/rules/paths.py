@@ -22,6 +22,7 @@ from typing import Any
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes, as_matrix, turned
 from keras_curvature.backend import Tensor
 
 #: Upper bound for the elements of a per-sample intermediate (64 MiB in float32).
@@ -44,6 +45,8 @@ class OuterProduct:
         arrange: function from `(..., G, I, O)` to `(..., *variable.shape)`.
         copies: whether `columns` repeats or drops entries (a transposed
             convolution) instead of rearranging them.
+        matrix: whether `arrange` keeps the order of entries and there is one group:
+            the variable, read as a matrix, has a row for each input.
     """
 
     def __init__(
@@ -54,13 +57,36 @@ class OuterProduct:
         columns: Callable[[Tensor], Tensor],
         arrange: Callable[[Tensor], Tensor],
         copies: bool = False,
+        matrix: bool = False,
     ):
         self.variable = variable
         self.inputs = inputs
+        self._matrix = matrix
         self.copies = copies
         self._rows = rows
         self._columns = columns
         self._arrange = arrange
+
+    def in_axes(self, axes: Axes) -> Any:
+        """The path to the variable's coordinates in axes of its sides."""
+        sizes = self.variable.shape
+        inputs = self._rows(self.inputs[:1]).shape[-1] if self._matrix else None
+        if axes is None or inputs != as_matrix(sizes, axes)[0]:
+            return InAxes(self, axes)
+        left, right = axes
+
+        def times(factors: Tensor, side: Tensor | None) -> Tensor:
+            if side is None:
+                return factors
+            return ops.matmul(factors, ops.cast(side, factors.dtype))
+
+        return OuterProduct(
+            self.variable,
+            self.inputs,
+            lambda x: times(self._rows(x), left),
+            lambda v: times(self._columns(v), right),
+            self._arrange,
+        )
 
     def _outer(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`Σ_t a_t ⊗ v_t`, shape (N, G, I, O)."""
@@ -236,6 +262,44 @@ class Lookup:
         return self.products(ops.broadcast_to(e, ops.shape(u)), u)
 
 
+class InAxes:
+    """A path to the coordinates of its variable in axes of its two sides.
+
+    Any path will do; the contributions of the samples are turned one by one.
+
+    Args:
+        path: the path to the variable's entries.
+        axes: see `keras_curvature.axes`.
+    """
+
+    def __init__(self, path: Any, axes: Axes):
+        self.variable = path.variable
+        self.inputs = path.inputs
+        self._path, self._axes = path, axes
+
+    def per_sample(self, inputs: Tensor, v: Tensor) -> Tensor:
+        """`J_nᵀ v_n` for every sample, in the axes."""
+        return turned(self._path.per_sample(inputs, v), self._axes, lead=1)
+
+    def products(self, v: Tensor, u: Tensor) -> Tensor:
+        """`Σ_n (J_nᵀ v_n) ⊙ (J_nᵀ u_n)`, in the axes."""
+        return _summed([(self, self.inputs, v, u)])
+
+
+def path_in_axes(path: Any, axes: Axes) -> Any:
+    """The path to a variable's coordinates in axes of its sides.
+
+    It knows `per_sample` and `products`, which samples of a diagonal are made of.
+
+    Args:
+        path: the path to its entries.
+        axes: see `keras_curvature.axes`.
+    """
+    if isinstance(path, OuterProduct):
+        return path.in_axes(axes)
+    return InAxes(path, axes)
+
+
 def _positions(x: Tensor, trailing: int) -> Tensor:
     """All axes but the first and the last `trailing` ones flattened into one."""
     shape = ops.shape(x)
@@ -263,17 +327,23 @@ def stacked_products(
     """
     if len(paths) == 1:
         return paths[0].products(vs[0], us[0])
-    given = [(path.inputs, v, u) for path, v, u in zip(paths, vs, us, strict=True)]
+    return _summed(
+        [(path, path.inputs, v, u) for path, v, u in zip(paths, vs, us, strict=True)]
+    )
+
+
+def _summed(given: Sequence[tuple[Any, ...]]) -> Tensor:
+    """`Σ_n (Σ_uses J_nᵀ v_n) ⊙ (Σ_uses J_nᵀ u_n)` from paths, inputs, v and u."""
 
     def of_chunk(*arrays: Tensor) -> Tensor:
         rows, v_sum, u_sum = iter(arrays), 0, 0
-        for path, use in zip(paths, given, strict=True):
+        for path, *use in given:
             inputs, v, u = (None if a is None else next(rows) for a in use)
             if v is not None:
                 v_sum = v_sum + path.per_sample(inputs, v)
             u_sum = u_sum + path.per_sample(inputs, u)
         return ops.sum(v_sum * u_sum, axis=0)
 
-    arrays = [a for use in given for a in use if a is not None]
-    size = max(1, math.prod(paths[0].variable.shape))
+    arrays = [a for _, *use in given for a in use if a is not None]
+    size = max(1, math.prod(given[0][0].variable.shape))
     return backend.sum_chunks(of_chunk, arrays, max(1, CHUNK_ELEMENTS // size))

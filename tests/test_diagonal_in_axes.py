@@ -1,0 +1,145 @@
+"""The diagonal in axes of the variables, against the dense Hessian turned."""
+
+import keras
+import numpy as np
+import pytest
+from diagonals import assert_close, assert_unbiased
+from keras import layers, ops
+
+import keras_curvature as kc
+from keras_curvature.layerwise.rules import paths
+from keras_curvature.optimizers.layer_axes import sides_of
+
+
+def _conv():
+    stack = [layers.Conv2D(3, 2, activation="tanh"), layers.Flatten(), layers.Dense(2)]
+    return [keras.Input((4, 4, 2)), *stack], "mse", (4, 4, 2), None
+
+
+def _attention():
+    inputs = keras.Input((3, 4))
+    x = layers.MultiHeadAttention(2, 2)(inputs, inputs)
+    return keras.Model(inputs, layers.Dense(2)(x)), "mse", (3, 4), None
+
+
+class _Quartic(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return ops.sum(x**4)
+
+
+def _embedding():
+    # A penalty with another curvature for each entry.
+    dense = layers.Dense(2, kernel_regularizer=_Quartic())
+    stack = [layers.Embedding(7, 3), layers.Flatten(), layers.Activation("tanh"), dense]
+    return [keras.Input((4,), dtype="int32"), *stack], "mse", (4,), 7
+
+
+def _normalized():
+    stack = [layers.Dense(3), layers.BatchNormalization(), layers.Activation("tanh")]
+    return [keras.Input((4,)), *stack, layers.Dense(2)], "mse", (4,), None
+
+
+MODELS = {f.__name__[1:]: f for f in (_conv, _attention, _embedding, _normalized)}
+
+
+def _operator(name):
+    keras.utils.set_random_seed(0)
+    stack, loss, shape, words = MODELS[name]()
+    model = keras.Sequential(stack) if isinstance(stack, list) else stack
+    model.compile("sgd", loss)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, *shape)) if words is None else None
+    x = rng.integers(0, words, (6, *shape)) if x is None else x
+    return kc.HessianOperator(
+        model, x, rng.standard_normal((6, *model.outputs[0].shape[1:]))
+    )
+
+
+def _random_axes(operator, one_sided):
+    """Axes at random for what an optimizer would turn; and the matrix of all."""
+    rng = np.random.default_rng(1)
+    axes, blocks = [], []
+    for variable in operator.variables:
+        sides = sides_of(variable.shape)
+        if sides is None:
+            axes.append(None)
+            blocks.append(np.eye(int(np.prod(variable.shape))))
+            continue
+        sizes = sides.rows, sides.columns
+        pair = [np.linalg.qr(rng.standard_normal((n, n)))[0] for n in sizes]
+        if one_sided:
+            pair[0] = None
+        axes.append(tuple(pair))
+        left = np.eye(sizes[0]) if one_sided else pair[0]
+        blocks.append(np.kron(left, pair[1]))
+    size = sum(map(len, blocks))
+    whole, start = np.zeros((size, size)), 0
+    for block in blocks:
+        end = start + len(block)
+        whole[start:end, start:end] = block
+        start = end
+    return axes, whole
+
+
+@pytest.mark.parametrize("one_sided", [False, True], ids=["both", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_against_the_dense_hessian(name, one_sided, float64):
+    operator = _operator(name)
+    axes, q = _random_axes(operator, one_sided)
+    truth = np.diag(q.T @ operator.to_dense() @ q)
+    exact = kc.hessian_diagonal(
+        operator, method="exact", axes=axes, max_matvecs=1000
+    ).value
+    assert_close(operator.flatten(exact), truth)
+    for method in ("layerwise", "hutchinson"):
+        drawn = [
+            operator.flatten(
+                kc.hessian_diagonal(
+                    operator, method=method, axes=axes, num_matvecs=8, seed=seed
+                ).value
+            )
+            for seed in range(12)
+        ]
+        assert_unbiased(np.stack(drawn, axis=1), truth)
+
+
+def test_the_short_way_is_the_long_way(float64, monkeypatch):
+    """Factors that are turned, and contributions of samples that are."""
+    operator = _operator("attention")
+    axes, _ = _random_axes(operator, False)
+
+    def taken():
+        diagonal = kc.hessian_diagonal(
+            operator, method="layerwise", axes=axes, num_matvecs=1
+        )
+        return operator.flatten(diagonal.value)
+
+    short = taken()
+    monkeypatch.setattr(
+        paths.OuterProduct, "in_axes", lambda path, axes: paths.InAxes(path, axes)
+    )
+    operator = _operator("attention")
+    assert_close(taken(), short)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        [None, None, (np.eye(3), np.eye(2))],
+        [(np.ones((4, 3)), None), None, None, None],
+        [(np.eye(5), None), None, None, None],
+    ],
+)
+def test_axes_that_do_not_fit(wrong):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="axes.*Received: "):
+        kc.hessian_diagonal(model, np.ones((2, 4)), np.ones((2, 2)), axes=wrong)
+
+
+def test_methods_that_know_no_axes():
+    operator = _operator("attention")
+    axes, _ = _random_axes(operator, False)
+    with pytest.raises(ValueError, match="In axes.*Received: method='shrunk'"):
+        kc.hessian_diagonal(operator, method="shrunk", axes=axes)
