@@ -307,9 +307,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         # where the monitor makes its first delivery.
         if not (self._has_curvature or self._warned):
             self._warned = True
+            own = " in the axes of the layers" if self.axes else ""
             warnings.warn(
                 f"`{self.name}` takes its first step without curvature. Until it is "
-                "given some, its steps are Adam's. Add "
+                f"given some, its steps are Adam's{own}. Add "
                 "`keras_curvature.CurvatureMonitor(probe_data=...)` to the callbacks "
                 "of `fit`, or call `optimizer.update_hessian_diagonal(diagonals)`.",
                 stacklevel=2,

@@ -222,7 +222,7 @@ def test_weight_decay_exclusions():
         ),
         ({"mixed": True, "learning_rate": SCHEDULE}, {}),
         ({"axes": "layer", "weight_decay": 0.01}, {}),
-        ({"axes": "layer"}, {"jit_compile": True}),
+        pytest.param({"axes": "layer"}, {"jit_compile": True}, marks=xla),
         ({"axes": "layer", "gradient_accumulation_steps": 2}, {}),
         ({"axes": "layer", "mixed": True}, {}),
     ],
