@@ -98,7 +98,7 @@ def test_against_the_dense_hessian(name, one_sided, float64):
                     operator, method=method, axes=axes, num_matvecs=8, seed=seed
                 ).value
             )
-            for seed in range(12)
+            for seed in range(48)
         ]
         assert_unbiased(np.stack(drawn, axis=1), truth)
 
