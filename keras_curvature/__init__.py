@@ -81,9 +81,8 @@ def __getattr__(name: str) -> object:
     except (ImportError, ValueError) as error:
         # Keras runs on a backend that is not ours, or not at all.
         raise ImportError(f"{__name__}.{name}: {error}") from error
-    if not is_room:
-        globals()[name] = getattr(room, name)
-    return room if is_room else globals()[name]
+    globals()[name] = room if is_room else getattr(room, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -180,20 +180,22 @@ def diagonal_moments(
         `Moments` whose tensors are flat and stay on the device, without a norm.
     """
     check_choice(method, METHODS)
-    if axes is not None:
-        asked = num_matvecs, tolerance, samples
-        method = _method_in_axes(operator, method, num_matvecs)
-        return _in_axes(
-            operator, list(axes), method, asked, seed, max_matvecs, progress, groups
-        )
     usual = groups == "joint" and control_variate == "auto"
-    plan, by_layers = None, has_layers(operator)
+    plan, by_layers, turned = None, has_layers(operator), None
+    if axes is not None:
+        axes = list(axes)
+        method = _method_in_axes(operator, method, num_matvecs)
+        turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
     if method == "auto":
         method, plan = chosen(operator, num_matvecs, seed, usual)
     if method == "layerwise" and not by_layers:
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
     sampled = num_matvecs is not None or tolerance is not None
+    if method == "exact" and turned is not None:
+        check_affordable(operator.shape[0], max_matvecs, 'method="layerwise"')
+        moments = estimators.exact_moments(turned, operator.sizes, progress)
+        return _told(moments, operator, _EXACT)
     if method == "exact":
         if plan is None and by_layers:
             plan = operator.evaluation.once(ExactDiagonal).plan(seed)
@@ -201,7 +203,7 @@ def diagonal_moments(
         return _told(moments, operator, _EXACT, plan.ways if plan else None)
     if method == "hutchinson":
         moments = estimators.hutchinson_moments(
-            operator,
+            turned or operator,
             num_matvecs,
             tolerance,
             seed,
@@ -229,13 +231,15 @@ def diagonal_moments(
     else:
         num_matvecs = num_matvecs if sampled else samples
         drawn = estimators.check_budget(num_matvecs, tolerance)
-        control = _controlled(operator, plan, control_variate, drawn, seed)
+        control = turned is None and _controlled(
+            operator, plan, control_variate, drawn, seed
+        )
         draw, told = _layerwise(operator, groups, control).samples, _SAMPLED
         told = f"Gauss-Newton part exact, the rest {told}" if control else told
         ways = operator.evaluation.once(find_structure).coverage
     key = estimators.seed_key(seed, _PURPOSE)
     moments = estimators.sampled_moments(
-        lambda start, width: draw(key, start, width),
+        lambda start, width: draw(key, start, width, axes),
         num_matvecs,
         tolerance,
         operator.sizes,
@@ -302,62 +306,6 @@ def _method_in_axes(
         warnings.warn(_NO_LAYERS, stacklevel=5)
         return "hutchinson"
     return method
-
-
-def _in_axes(
-    operator: HessianOperator,
-    axes: list[Axes],
-    method: str,
-    budget: tuple[int | None, float | None, int],
-    seed: int,
-    max_matvecs: int,
-    progress: Progress | None,
-    groups: Any,
-) -> Moments:
-    """The diagonal of `Qᵀ H Q`, and the trace, which is that of H.
-
-    Args:
-        operator: the operator H.
-        axes: Q, by variable.
-        method: one of `IN_AXES`, but not `"auto"`.
-        budget: products, tolerance, and samples if neither is given.
-        seed: of the random signs.
-        max_matvecs: limit of the exact method.
-        progress: is told.
-        groups: which layers share a product.
-    """
-    num_matvecs, tolerance, samples = budget
-    if method == "layerwise":
-        draw, key = (
-            _layerwise(operator, groups, False).samples,
-            estimators.seed_key(seed, _PURPOSE),
-        )
-        unasked = num_matvecs is None and tolerance is None
-        moments = estimators.sampled_moments(
-            lambda start, width: draw(key, start, width, axes),
-            samples if unasked else num_matvecs,
-            tolerance,
-            operator.sizes,
-            progress,
-            operator.place,
-        )
-        ways = operator.evaluation.once(find_structure).coverage
-        return _told(moments, operator, _SAMPLED, ways)
-    turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
-    if method == "exact":
-        check_affordable(operator.shape[0], max_matvecs, 'method="layerwise"')
-        moments = estimators.exact_moments(turned, operator.sizes, progress)
-        return _told(moments, operator, _EXACT)
-    moments = estimators.hutchinson_moments(
-        turned,
-        num_matvecs,
-        tolerance,
-        seed,
-        operator.sizes,
-        diagonal=True,
-        progress=progress,
-    )
-    return _told(moments, operator, _SAMPLED)
 
 
 def has_layers(operator: HessianOperator) -> bool:

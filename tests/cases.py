@@ -405,6 +405,27 @@ def tied_embedding():
     return Case(randomize(model), x, _labels((4, 2), 5))
 
 
+# Batches of other lengths than the first
+
+
+class Lengths(keras.utils.PyDataset):
+    """Two batches of sequences, the second one longer by a position."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return _numbers(4, 3 + i, 2, seed=i), _numbers(4, 2, seed=1)
+
+
+def of_any_length():
+    """A model for `Lengths`."""
+    inputs = layers.Input((None, 2))
+    hidden = layers.Dense(3, activation="tanh")(inputs)
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling1D()(hidden))
+    return functional(inputs, outputs)
+
+
 # Several inputs and outputs, losses and penalties
 
 

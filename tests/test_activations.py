@@ -253,23 +253,12 @@ def test_batches_and_data_sets_give_what_one_batch_gives():
 
 
 def test_batches_of_other_lengths_than_the_first():
-    inputs = layers.Input((None, 2))
-    hidden = layers.Dense(3, activation="tanh")(inputs)
-    outputs = layers.Dense(2)(layers.GlobalAveragePooling1D()(hidden))
-    model = cases.functional(inputs, outputs)
-
-    class Lengths(keras.utils.PyDataset):
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, i):
-            return cases._numbers(4, 3 + i, 2, seed=i), cases._numbers(4, 2, seed=1)
-
+    model = cases.of_any_length()
     sampled = kc.activation_curvature(
-        model, Lengths(), method="hutchinson", num_matvecs=128
+        model, cases.Lengths(), method="hutchinson", num_matvecs=128
     )
     by_batch = [
-        kc.activation_curvature(model, *Lengths()[i], method="exact").value
+        kc.activation_curvature(model, *cases.Lengths()[i], method="exact").value
         for i in range(2)
     ]
     for name, error in sampled.standard_error.items():

@@ -23,9 +23,8 @@ from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise.checks import find_outputs
-from keras_curvature.layerwise.exact import FOLDED_ELEMENTS
+from keras_curvature.layerwise.exact import folded
 from keras_curvature.layerwise.opened import Place
-from keras_curvature.layerwise.outputs import UNKNOWN_SIZE
 from keras_curvature.layerwise.recording import OpenedLoss, random_like
 from keras_curvature.layerwise.structure import Use
 from keras_curvature.loss import State, unique_names
@@ -121,11 +120,7 @@ class ActivationDiagonal:
 
     def _by_basis(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         recording, point = self._record(state, batch)
-        elements = sum(
-            math.prod(n or UNKNOWN_SIZE for n in shift.shape)
-            for shift in point.values()
-        )
-        fold = max(1, min(256, FOLDED_ELEMENTS // elements))
+        fold = folded(point.values())
         diagonals = {
             place: self._at(recording, place, shift, fold)
             for place, shift in point.items()

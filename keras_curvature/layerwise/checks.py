@@ -1,5 +1,6 @@
 """What only numbers tell of a model's layers: two questions, asked once."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -48,19 +49,13 @@ def find_structure(evaluation: Evaluation) -> Structure:
 
     def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
         errors = jacobian_errors(opened, state, batch, key)
-        if tree.flatten(batch)[0].shape[0] == 1:
-            # A sample beside itself, to tell whether it would feel another one.
-            batch = tree.map_structure(_twice, batch)
-        return leak(opened, state, batch, key), errors
+        return _leak_of_any(opened, state, batch, key), errors
 
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
     errors = ops.convert_to_numpy(errors)
     wrong = {n for n, e in zip(opened.layers, errors, strict=True) if e > TOLERANCE}
     _warn([*not_linear, *(opened.layers[number][0] for number in sorted(wrong))])
-    # Independent samples leak an exact zero, but for sums over the batch that cancel;
-    # real interaction is orders above.
-    interact = bool(ops.convert_to_numpy(leaked) > LEAK)
-    return structure.without(wrong).replaced(samples_interact=interact)
+    return structure.without(wrong).replaced(samples_interact=_interact(leaked))
 
 
 def find_outputs(evaluation: Evaluation) -> Structure:
@@ -87,15 +82,28 @@ def find_outputs(evaluation: Evaluation) -> Structure:
     if not structure.uses:
         return structure
 
-    def check(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
-        if tree.flatten(batch)[0].shape[0] == 1:
-            batch = tree.map_structure(_twice, batch)
-        leaked = leak(structure, state, batch, key)
-        return leaked, leaked
+    check = functools.partial(_leak_of_any, structure)
+    leaked = evaluation.at_first(check, backend.array([0, 0], "int32"))
+    return structure.replaced(samples_interact=_interact(leaked))
 
-    leaked, _ = evaluation.at_first(check, backend.array([0, 0], "int32"))
-    interact = bool(ops.convert_to_numpy(leaked) > LEAK)
-    return structure.replaced(samples_interact=interact)
+
+def _leak_of_any(
+    structure: Structure, state: State, batch: Batch, key: Tensor
+) -> Tensor:
+    """`leak`, of a single sample as well."""
+    if tree.flatten(batch)[0].shape[0] == 1:
+        # A sample beside itself, to tell whether it would feel another one.
+        batch = tree.map_structure(_twice, batch)
+    return leak(structure, state, batch, key)
+
+
+def _interact(leaked: Tensor) -> bool:
+    """Whether samples interact, by their leak.
+
+    Independent ones leak an exact zero, but for sums over the batch that cancel; real
+    interaction is orders above.
+    """
+    return bool(ops.convert_to_numpy(leaked) > LEAK)
 
 
 def _warn(layers: list[Any]) -> None:

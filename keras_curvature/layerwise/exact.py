@@ -16,7 +16,7 @@ Basis vectors are folded into the batch axis, a bounded number at a time.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -353,9 +353,17 @@ def _elements(uses: list[tuple[Any, Place]], samples: int | None) -> int:
     return min(size * (samples or UNKNOWN_SIZE), paths.CHUNK_ELEMENTS)
 
 
-def _fold(recording: LayerRecording, elements: int) -> int:
-    """How many basis vectors are folded together within the memory bound."""
-    for place in recording.shifts:
-        shape = recording.point[place].shape
-        elements += math.prod(n or UNKNOWN_SIZE for n in shape)
+def folded(shifts: Iterable[Tensor], elements: int = 0) -> int:
+    """How many basis vectors are folded together within the memory bound.
+
+    Args:
+        shifts: all shifts, each of which has a product for each basis vector.
+        elements: of what else there is for each.
+    """
+    for shift in shifts:
+        elements += math.prod(n or UNKNOWN_SIZE for n in shift.shape)
     return max(1, min(256, FOLDED_ELEMENTS // elements))
+
+
+def _fold(recording: LayerRecording, elements: int) -> int:
+    return folded((recording.point[place] for place in recording.shifts), elements)

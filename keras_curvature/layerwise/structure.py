@@ -412,14 +412,9 @@ class _Survey:
     def outputs(self) -> tuple[Structure, list[Any]]:
         """See `survey_outputs`."""
         uses, left_out = [], list[Any]()
-        for (place, use), met, output in zip(
-            self._uses.items(),
-            self._met.values(),
-            self._origins["places"],
-            strict=True,
-        ):
+        for use, met, _, output in self._rows():
             if self._rows_are_samples(use, output) and not met.reassigned:
-                uses.append(self._uses[place])
+                uses.append(use)
             elif use.layer not in left_out:
                 left_out.append(use.layer)
         structure = Structure(self._loss, tuple(uses), (), (), (), self._signature, {})

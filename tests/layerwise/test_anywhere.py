@@ -207,23 +207,14 @@ def test_a_table_that_is_used_in_reverse(tied):
 
 
 def test_batches_of_other_lengths_than_the_first():
-    inputs = layers.Input((None, 2))
-    hidden = layers.Dense(3, activation="tanh")(inputs)
-    outputs = layers.Dense(2)(layers.GlobalAveragePooling1D()(hidden))
-    model = cases.functional(inputs, outputs)
-
-    class Lengths(keras.utils.PyDataset):
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, i):
-            return cases._numbers(4, 3 + i, 2, seed=i), cases._numbers(4, 2, seed=1)
-
-    op = kc.HessianOperator(model, Lengths())
+    model = cases.of_any_length()
+    op = kc.HessianOperator(model, cases.Lengths())
     dense = op.to_dense()
     diagonal = kc.hessian_diagonal(op, method="exact")
     close(op.flatten(diagonal.value), np.diag(dense))
-    by_batch = [kc.HessianOperator(model, *Lengths()[i]).to_dense() for i in range(2)]
+    by_batch = [
+        kc.HessianOperator(model, *cases.Lengths()[i]).to_dense() for i in range(2)
+    ]
     close(dense, np.mean(by_batch, axis=0))
     sampled = kc.hessian_diagonal(
         op, method="layerwise", num_matvecs=64, control_variate=False
