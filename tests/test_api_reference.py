@@ -1,9 +1,9 @@
 """docs/api.md is complete, and what the docstrings say."""
 
-import importlib.util
 import pathlib
 
 import pytest
+import scripts
 
 import keras_curvature as kc
 
@@ -12,10 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def api():
-    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(ROOT / "docs" / "api.py")
 
 
 def test_every_public_name_and_argument_is_described(api):

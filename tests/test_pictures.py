@@ -1,20 +1,16 @@
 """The pictures of the docs are no older than what they show."""
 
-import importlib.util
 import pathlib
 
 import pytest
+import scripts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    path = ROOT / "docs" / "pictures.py"
-    spec = importlib.util.spec_from_file_location("docs_pictures", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(ROOT / "docs" / "pictures.py")
 
 
 def test_every_picture_is_known_and_up_to_date(pictures):

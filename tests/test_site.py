@@ -1,21 +1,17 @@
 """The documentation site has every page, and its links lead to pages of it."""
 
-import importlib.util
 import pathlib
 import re
 
 import pytest
+import scripts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def make_site():
-    path = ROOT / "docs" / "make_site.py"
-    spec = importlib.util.spec_from_file_location("make_site", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(ROOT / "docs" / "make_site.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """The comparison of optimizers: tuning, references, and one small comparison."""
 
-import importlib.util
 import math
 import pathlib
 import sys
 
 import numpy as np
 import pytest
+import scripts
 import tensorflow as tf
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "optimizers"
@@ -23,10 +23,7 @@ from train import Trainer, schedule  # noqa: E402
 def main_module(monkeypatch):
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         monkeypatch.setenv(name, "1")  # What it sets is undone after the test.
-    spec = importlib.util.spec_from_file_location("compare", FOLDER / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(FOLDER / "__main__.py")
 
 
 @pytest.mark.parametrize("best", [1e-5, 0.02, 30.0])
