@@ -199,7 +199,7 @@ export class Curves {
     let d = '';
     values.forEach((value, i) => {
       if (!this.visible(value)) return;
-      d += `${pen}${this.x(line.steps[i]).toFixed(1)},${this.y(value).toFixed(1)}`;
+      d += `${pen}${tenths(this.x(line.steps[i]))},${tenths(this.y(value))}`;
       pen = 'L';
     });
     return d;
@@ -211,11 +211,11 @@ export class Curves {
     line.values.forEach((value, i) => {
       const error = line.errors[i];
       if (!this.visible(value) || error === null || error === undefined) return;
-      const at = this.x(line.steps[i]).toFixed(1);
-      upper.push(`${at},${this.y(value + line.factor * error).toFixed(1)}`);
-      lower.unshift(`${at},${this.y(value - line.factor * error).toFixed(1)}`);
+      const at = tenths(this.x(line.steps[i]));
+      upper.push(`${at},${tenths(this.y(value + line.factor * error))}`);
+      lower.push(`${at},${tenths(this.y(value - line.factor * error))}`);
     });
-    return upper.length ? `M${upper.join('L')}L${lower.join('L')}Z` : '';
+    return upper.length ? `M${upper.join('L')}L${lower.reverse().join('L')}Z` : '';
   }
 
   dots(line, wanted, kind = 'dot') {
@@ -335,6 +335,11 @@ export class Curves {
     hideTooltip();
     this.onStep(null);
   }
+}
+
+/** Of a pixel: a curve has no finer place. */
+function tenths(pixels) {
+  return Math.round(10 * pixels) / 10;
 }
 
 /** Whether a value's bound is too wide to rely on it. */

@@ -37,8 +37,10 @@ export function formatWithError(value, error, format = formatNumber) {
   return `${value.toFixed(decimals)} ± ${error.toFixed(decimals)}`;
 }
 
+/** Three digits together. Not `toLocaleString`: that takes a tenth of a millisecond. */
 export function formatStep(step) {
-  return step.toLocaleString('en-US').replaceAll(',', '\u2009');
+  const [whole, rest] = String(Number(step.toFixed(3))).split('.');
+  return whole.replace(/\B(?=(\d{3})+$)/g, '\u2009') + (rest ? `.${rest}` : '');
 }
 
 /** Round numbers inside an interval, about `count` of them. */

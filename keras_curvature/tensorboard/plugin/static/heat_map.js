@@ -2,7 +2,7 @@
 
 import {followWidth, html, hideTooltip, showTooltip} from './elements.js';
 import {formatNumber, formatShare, formatStep, formatWithError, logTicks} from './format.js';
-import {viridis, viridisParts} from './palette.js';
+import {viridis, VIRIDIS_TABLE} from './palette.js';
 
 const DECADES = 6;
 
@@ -131,13 +131,21 @@ export class HeatMap {
     const small = document.createElement('canvas');
     [small.width, small.height] = [count, this.rows.length];
     const image = small.getContext('2d').createImageData(count, this.rows.length);
-    this.rows.forEach((row, i) => {
-      for (let column = 0; column < count; column++) {
-        const value = row.values[first + column] ?? null;
-        const colour = value === null ? missing : viridisParts(this.scale.place(value));
-        image.data.set([...colour, 255], 4 * (i * count + column));
+    const {data} = image;
+    const end = VIRIDIS_TABLE.length - 1;
+    let at = 0;
+    for (const {values} of this.rows) {
+      for (let column = first; column <= last; column++) {
+        const value = values[column] ?? null;
+        const place = value === null ? 0 : Math.min(Math.max(this.scale.place(value), 0), 1);
+        const [red, green, blue] = value === null
+          ? missing : VIRIDIS_TABLE[Math.round(place * end)];
+        data[at++] = red;
+        data[at++] = green;
+        data[at++] = blue;
+        data[at++] = 255;
       }
-    });
+    }
     small.getContext('2d').putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(small, 0, 0, this.canvas.width, this.canvas.height);

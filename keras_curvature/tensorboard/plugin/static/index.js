@@ -62,7 +62,10 @@ class Page {
     this.wantedRuns = '';
     this.folds = new Map();  // By group; others are as the size of the model asks for.
     this.zoom = null;        // First and last step to show.
-    const soon = () => this.drawSoon();
+    const soon = () => {
+      this.ask();
+      this.drawSoon();
+    };
     this.matrices = new Arrivals(fetchLayers, soon);
     this.layerFigures = new Arrivals(fetchLayer, soon);
     this.densities = new Arrivals(fetchDensity, soon);
@@ -212,6 +215,37 @@ class Page {
     this.remember();
   }
 
+  /** Asks for what will be drawn when it is known of, which is before it is drawn. */
+  ask() {
+    const table = this.tables.get(this.focus);
+    if (!table?.steps.length) return;
+    this.chooseFigure(table);
+    const rows = this.rowsOf(this.focus, this.figure.key);
+    if (this.figure.error) this.rowsOf(this.focus, this.figure.error);
+    this.chooseLayer(table, rows);
+    for (const {run, table: own} of this.shown()) this.figuresOfLayer(run, own);
+  }
+
+  chooseFigure(table) {
+    const known = FIGURES.filter(({key}) => table.layer_keys.includes(key));
+    if (known.length && !known.includes(this.figure)) this.figure = known[0];
+    return known;
+  }
+
+  chooseLayer(table, rows) {
+    if (table.layers.includes(this.layer)) return;
+    this.layer = this.stiffest(table, rows)?.layer ?? null;
+    this.chosenLayer = false;
+  }
+
+  /** All figures of the chosen layer in a run; null without it, undefined while read. */
+  figuresOfLayer(run, table) {
+    const layer = run === this.focus ? this.layer
+      : matched(this.tables.get(this.focus).layers, table.layers).get(this.layer);
+    return layer ? this.layerFigures.get([run, layer, table.num_probes], run, layer, table)
+      : null;
+  }
+
   drawSoon() {
     if (this.drawing) return;
     // Of many things that arrive not each is drawn: it would be the next one's delay.
@@ -271,6 +305,7 @@ class Page {
     const table = await fetchTable(run);
     table.readUpTo = last;
     this.tables.set(run, table);
+    this.ask();
     this.drawSoon();
   }
 
@@ -328,10 +363,7 @@ class Page {
     this.drawFigures(table);
     if (!filled) return;
     const rows = this.rowsOf(this.focus, this.figure.key);
-    if (!table.layers.includes(this.layer)) {
-      this.layer = this.stiffest(table, rows)?.layer ?? null;
-      this.chosenLayer = false;
-    }
+    this.chooseLayer(table, rows);
     this.drawSummary(table, rows);
     this.drawHeatMap(table, rows);
     this.drawCurves(rows === undefined);
@@ -397,8 +429,7 @@ class Page {
   }
 
   drawFigures(table) {
-    const known = table ? FIGURES.filter(({key}) => table.layer_keys.includes(key)) : [];
-    if (known.length && !known.includes(this.figure)) this.figure = known[0];
+    const known = table ? this.chooseFigure(table) : [];
     const keys = known.map(({key}) => key);
     this.renew(this.figureList, [keys, this.figure.key], () => known.map((figure) => {
       const button = html('input', {
@@ -544,7 +575,6 @@ class Page {
     const common = {
       logarithmic: this.logarithmic, bands: this.bands, smoothing: this.smoothing,
       zoom: this.zoom};
-    const layers = this.tables.get(this.focus).layers;
     const waiting = [];
     this.curves.layer.update({
       ...common,
@@ -554,11 +584,8 @@ class Page {
       logarithmic: this.logarithmic && !share,
       format: share ? formatShare : formatNumber,
       series: shown.flatMap(({run, table}) => {
-        const layer = run === this.focus ? this.layer
-          : matched(layers, table.layers).get(this.layer);
-        if (!layer) return [];
-        const figures = this.layerFigures.get(
-          [run, layer, table.num_probes], run, layer, table);
+        const figures = this.figuresOfLayer(run, table);
+        if (figures === null) return [];
         if (!figures) waiting.push(run);
         return this.series(run, table, {
           values: figures?.[this.figure.key], errors: figures?.[this.figure.error],

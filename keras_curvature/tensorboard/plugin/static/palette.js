@@ -7,7 +7,7 @@ const VIRIDIS = [
 ];
 
 /** Red, green and blue at a place between 0 and 1. */
-export function viridisParts(place) {
+function viridisParts(place) {
   const at = Math.min(Math.max(place, 0), 1) * (VIRIDIS.length - 1);
   const i = Math.min(Math.floor(at), VIRIDIS.length - 2);
   return VIRIDIS[i].map((c, k) => Math.round(c + (at - i) * (VIRIDIS[i + 1][k] - c)));
@@ -17,6 +17,9 @@ export function viridisParts(place) {
 export function viridis(place) {
   return `rgb(${viridisParts(place).join(',')})`;
 }
+
+/** Many of them, red first: a map looks its colours up. */
+export const VIRIDIS_TABLE = Array.from({length: 512}, (_, i) => viridisParts(i / 511));
 
 // After Okabe and Ito, darker on white and lighter on grey.
 const RUNS = {
