@@ -4,6 +4,7 @@ All values of a step go into one `Summary` message, so that a probe costs one wr
 however many layers there are.
 """
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -87,8 +88,12 @@ def text(tag: str, markdown: str, description: str | None = None) -> Value:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def layer_table(layers: tuple[tuple[str, int], ...]) -> Value:
-    """Names and sizes of the layers, for TensorBoard forgets the order of the tags."""
+    """Names and sizes of the layers, for TensorBoard forgets the order of the tags.
+
+    Made once of the same layers: each probe asks for it, and it seldom changes.
+    """
     table = np.empty((len(layers), 2), dtype=object)
     for i, (name, size) in enumerate(layers):
         table[i] = name.encode(), str(size).encode()
