@@ -7,6 +7,8 @@ import numpy as np
 from keras_curvature.tensorboard import signed_log
 
 SERVED_STEPS = (0, 100, 200, 300)
+# More than the thousand points that TensorBoard keeps of a curve.
+LONG_STEPS = range(0, 12_000, 10)
 MODE = "training without noise, BatchNormalization over 64 samples"
 LAYERS = ("conv1", "conv2", "block/attention", "block/norm", "head/dense", "logits")
 

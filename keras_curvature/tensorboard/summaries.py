@@ -100,29 +100,29 @@ def layer_table(layers: tuple[tuple[str, int], ...]) -> Value:
     return _of_the_page(tags.LAYER_TABLE, table)
 
 
-def page_values(record: Mapping[str, Any], step: int) -> Iterator[Value]:
+def page_values(record: Mapping[str, Any], group: str) -> Iterator[Value]:
     """A record as the page reads it: a few tensors, whose parts are never apart.
 
     Args:
         record: One probe of the monitor.
-        step: The first step of those that share the tags.
+        group: The name of the group of probes that share the tags.
     """
     figures = {key: record.get(key) for key in PAGE_KEYS}
     for key, value in (record.get("optimizer") or {}).items():
         figures[f"{tags.OPTIMIZER}/{key}"] = value
     yield _of_the_page(
-        f"{tags.PAGE_FIGURES}/{step}", _row(figures, list(figures)), list(figures)
+        f"{tags.PAGE_FIGURES}/{group}", _row(figures, list(figures)), list(figures)
     )
     layers = record.get("layers")
     if layers:
         rows = np.stack([_row(layer, tags.LAYER_KEYS) for layer in layers])
-        yield _of_the_page(f"{tags.PAGE_LAYERS}/{step}", rows, tags.LAYER_KEYS)
+        yield _of_the_page(f"{tags.PAGE_LAYERS}/{group}", rows, tags.LAYER_KEYS)
     density = record.get("spectral_density")
     if density is not None:
         grid, value = density["grid"], density["density"]
         error = density.get("standard_error") or [0.0] * len(grid)
         table = np.array([grid, value, error], "float32")
-        yield _of_the_page(f"{tags.PAGE_DENSITY}/{step}", table)
+        yield _of_the_page(f"{tags.PAGE_DENSITY}/{group}", table)
 
 
 PAGE_KEYS = (*(f.key for f in tags.GLOBAL_FIGURES), *tags.ERROR_KEYS)

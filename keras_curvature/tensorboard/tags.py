@@ -40,15 +40,13 @@ another.
 
 | tag of the page | what it is |
 |---|---|
-| `curvature_figures/<step>` | all figures of a probe but the layers', a vector; their keys are in the tag's metadata |
-| `curvature_layers/<step>` | the layers' figures, a matrix of layers by keys |
-| `curvature_density/<step>` | `spectral_density`, three rows: eigenvalue, density, standard error |
+| `curvature_figures/<group>` | all figures of a probe but the layers', a vector; their keys are in the tag's metadata |
+| `curvature_layers/<group>` | the layers' figures, a matrix of layers by keys |
+| `curvature_density/<group>` | `spectral_density`, three rows: eigenvalue, density, standard error |
 | `curvature_layer_table` | names and sizes of the layers, in their order in the model |
 
-TensorBoard keeps a hundred tensors of a tag, or five hundred, and drops others at random.
-So none of these tags holds more than fifty probes; the next ones go to another, named
-after its first step. A figure that is missing from the record, or None, has no tag, and is NaN in the
-page's tensors.
+TensorBoard keeps ten tensors of a tag, or a hundred, and drops others at random. So none
+of these tags holds more than ten probes, see `groups.py`. A figure that is missing from the record, or None, has no tag, and is NaN in the page's tensors.
 """  # noqa: E501
 
 import dataclasses
@@ -281,8 +279,6 @@ PAGE_FIGURES = "curvature_figures"
 PAGE_LAYERS = "curvature_layers"
 PAGE_DENSITY = "curvature_density"
 LAYER_TABLE = "curvature_layer_table"
-PROBES_PER_TAG = 50
-"""TensorBoard keeps more of each tag, whichever of its two loaders reads them."""
 
 MODE = "mode"
 MODE_DESCRIPTION = (

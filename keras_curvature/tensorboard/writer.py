@@ -7,8 +7,9 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 
-from keras_curvature.tensorboard import event_file, summaries, tags
+from keras_curvature.tensorboard import event_file, groups, summaries, tags
 from keras_curvature.tensorboard.event_file import EventFile
+from keras_curvature.tensorboard.groups import Group
 
 
 class CurvatureWriter:
@@ -110,15 +111,19 @@ class CurvatureWriter:
         self._last: int | None = None
         # Layers with tags of their own; None until a record names its layers.
         self._shown: set[str] | None = None
-        # What the page's tags are named after, and how many records they hold. A tag
-        # names its figures once, and an optimizer may tell others than before.
-        self._tagged, self._in_tag = 0, tags.PROBES_PER_TAG
+        # How many records the run has.
+        self._number = 0
+        # By stride the group that the page's tags are named after, and how many records
+        # it holds. A tag names its figures once, and an optimizer may tell others than
+        # before.
+        self._groups: dict[int | None, tuple[Group, int]] = {}
         self._of_optimizer: list[str] = []
 
     def _recall(self, step: int) -> None:
         """Goes on from what the event files hold up to a step; the rest goes."""
         self._forget()
-        self._last, shown = _recalled(event_file.taken_back(self._directory, step))
+        events = event_file.taken_back(self._directory, step)
+        self._last, self._number, shown = _recalled(events)
         self._shown = shown or None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -136,15 +141,19 @@ class CurvatureWriter:
         """
         step = _step_of(record)
         of_optimizer = list(record.get("optimizer") or ())
-        if self._in_tag == tags.PROBES_PER_TAG or of_optimizer != self._of_optimizer:
-            self._tagged, self._in_tag = step, 0
-            self._of_optimizer = of_optimizer
+        if of_optimizer != self._of_optimizer:
+            self._groups, self._of_optimizer = {}, of_optimizer
+        begun = Group.beginning(self._number, step)
+        group, held = self._groups.get(begun.stride, (begun, 0))
+        if held == groups.PROBES:
+            group, held = begun, 0
         values = [
             *summaries.record_values(record, self._layers(record), self._per_variable),
-            *summaries.page_values(record, self._tagged),
+            *summaries.page_values(record, group.name),
         ]
         self._open().write(values, step, list(_standing(record)))
-        self._in_tag += 1
+        self._groups[group.stride] = group, held + 1
+        self._number += 1
         self._last = step
 
     def _layers(self, record: Mapping[str, Any]) -> set[str]:
@@ -181,17 +190,18 @@ def _weight(layer: Mapping[str, Any]) -> tuple[float, float, float]:
     return share or 0.0, abs(trace or 0.0), size or 0
 
 
-def _recalled(events: Iterable[Event]) -> tuple[int | None, set[str]]:
-    """The step of the last record, and the layers that have tags of their own."""
-    last, layers = None, set()
+def _recalled(events: Iterable[Event]) -> tuple[int | None, int, set[str]]:
+    """Step of the last record, number of records, layers that have their own tags."""
+    last, number, layers = None, 0, set()
     prefixes = tuple(figure.of("") for figure in tags.LAYER_FIGURES)
     for event in events:
         for value in event.summary.value:
             if value.tag.startswith(f"{tags.PAGE_FIGURES}/"):
                 last = max(event.step, -1 if last is None else last)
+                number += 1
             elif value.tag.startswith(prefixes):
                 layers.add(value.tag.partition("/")[2])
-    return last, layers
+    return last, number, layers
 
 
 def _standing(record: Mapping[str, Any]) -> Iterator[summaries.Value]:

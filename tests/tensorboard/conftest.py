@@ -1,15 +1,26 @@
 """Event files as TensorBoard servers show them."""
 
 import pytest
-from records import SERVED_STEPS, synthetic_record
-from servers import tensorboard_server
+from records import LONG_STEPS, SERVED_STEPS, synthetic_record
+from servers import start_browser, tensorboard_server
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, without a window."""
+    pytest.importorskip("selenium", reason="selenium drives the browser")
+    started = start_browser(tmp_path_factory.mktemp("chromium"))
+    if started is None:
+        pytest.skip("no browser: install chromium and chromium-driver")
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="session")
 def served_logs(tmp_path_factory):
-    """Runs `a` and `b`, in two fit calls each, and `sparse` with few figures."""
+    """Runs `a`, `b` in two fit calls each, `sparse` of few figures, `long` of many."""
     directory = tmp_path_factory.mktemp("logs")
     for seed, run in enumerate(("a", "b")):
         writer = CurvatureWriter(directory / run)
@@ -24,15 +35,22 @@ def served_logs(tmp_path_factory):
         density["standard_error"] = [0.125, 0.0]
         figures = {"hessian_trace": 4.0, "two_over_learning_rate": 4.0}
         writer.write({"step": 2, "spectral_density": density, **figures})
+    with CurvatureWriter(directory / "long", top_layers=0) as writer:
+        for step in LONG_STEPS:
+            layers = [{"name": n, "trace": float(step + i)} for i, n in enumerate("xy")]
+            writer.write({"step": step, "loss": float(step), "layers": layers})
     return directory
 
 
 @pytest.fixture(scope="session", params=["true", "false"], ids=["fast", "slow"])
 def server(request, served_logs):
-    """A TensorBoard on these runs, by its fast loader and by its slow one."""
-    with tensorboard_server(served_logs, load_fast=request.param) as running:
-        for run in ("a", "b", "sparse"):
-            running.wait_for_run(f"{run}/curvature")
+    """A TensorBoard on these runs, by its fast loader and by its slow one.
+
+    The slow one has TensorFlow read for it where that is installed.
+    """
+    without = ("tensorflow", "keras") if request.param == "true" else ()
+    with tensorboard_server(served_logs, request.param, without) as running:
+        running.wait_for_steps([300, 300, LONG_STEPS[-1], 2])
         yield running
 
 

@@ -7,20 +7,17 @@ import math
 import re
 import shutil
 import time
-import urllib.parse
 import urllib.request
 
 import pytest
-from large_logs import write_runs
 from patience import PATIENCE
 from records import LAYERS, MODE, synthetic_record
-from servers import start_browser
 
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
-selenium = pytest.importorskip("selenium", reason="selenium drives the browser")
+pytest.importorskip("selenium", reason="selenium drives the browser")
 
-from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
+from curvature_page import Page  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -28,15 +25,6 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 STEPS = tuple(range(0, 1000, 100))
 RUNS = {"newton": 0.1, "sgd": 0.02}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    started = start_browser(tmp_path_factory.mktemp("chromium"))
-    if started is None:
-        pytest.skip("no browser: install chromium and chromium-driver")
-    yield started
-    started.quit()
 
 
 def run_of(name, step):
@@ -71,107 +59,32 @@ def server(log_dir, serve):
         yield running
 
 
-class Page:
-    """What a reader sees, and does."""
+def point_at_cell(page, layer, step):
+    """Moves the pointer to the middle of a cell; returns the tooltip's lines."""
+    canvas = page.one("#heat-map canvas")
+    box = canvas.rect
+    across = (STEPS.index(step) + 0.5) / len(STEPS) - 0.5
+    down = (LAYERS.index(layer) + 0.5) / len(LAYERS) - 0.5
+    ActionChains(page.browser).move_to_element_with_offset(
+        canvas, round(across * box["width"]), round(down * box["height"])
+    ).perform()
+    page.until(lambda: layer in page.text("#tooltip"))
+    return page.text("#tooltip").split("\n")
 
-    def __init__(self, browser):
-        self.browser = browser
 
-    def open(self, url, state="ready", **chosen):
-        query = {f"p.curvature.{key}": value for key, value in chosen.items()}
-        self.browser.switch_to.default_content()
-        self.browser.get("about:blank")
-        query = "?" + urllib.parse.urlencode(query) if query else ""
-        self.browser.get(f"{url}{query}#curvature")
-        self.enter()
-        self.until(lambda: self.one("#page").get_attribute("data-state") == state)
-        if state == "ready":
-            self.settle()
-        return self
-
-    def settle(self):
-        """Waits until nothing more is being read."""
-        self.until(lambda: self.all(".content[aria-busy=false]"))
-
-    def enter(self):
-        frame = self.until(lambda: self.all("iframe[src*='name=curvature']"))[0]
-        self.browser.switch_to.frame(frame)
-        self.until(lambda: self.all("#page"))
-
-    def until(self, condition):
-        wait = WebDriverWait(
-            self.browser, PATIENCE, 0.1, [StaleElementReferenceException]
-        )
-        return wait.until(lambda _: condition())
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector):
-        return [element.text for element in self.all(selector)]
-
-    def text(self, selector):
-        # Steps are grouped by thin spaces.
-        return self.one(selector).text.replace("\u2009", "")
-
-    def point_at_cell(self, layer, step):
-        """Moves the pointer to the middle of a cell; returns the tooltip's lines."""
-        canvas = self.one("#heat-map canvas")
-        box = canvas.rect
-        across = (STEPS.index(step) + 0.5) / len(STEPS) - 0.5
-        down = (LAYERS.index(layer) + 0.5) / len(LAYERS) - 0.5
-        ActionChains(self.browser).move_to_element_with_offset(
-            canvas, round(across * box["width"]), round(down * box["height"])
-        ).perform()
-        self.until(lambda: layer in self.text("#tooltip"))
-        return self.text("#tooltip").split("\n")
-
-    def lightness(self, layer, step):
-        """Of a cell's colour: the sum of red, green and blue."""
-        return self.browser.execute_script(
-            """
-            const canvas = document.querySelector('#heat-map canvas');
-            const [row, rows, column, columns] = arguments;
-            const x = canvas.width * (column + 0.3) / columns;
-            const y = canvas.height * (row + 0.3) / rows;
-            const [r, g, b] = canvas.getContext('2d').getImageData(x, y, 1, 1).data;
-            return r + g + b;
-            """,
-            *(LAYERS.index(layer), len(LAYERS), STEPS.index(step), len(STEPS)),
-        )
-
-    @property
-    def chosen(self):
-        """What the address that the reader sees says of the choices."""
-        query = self.browser.execute_script("return window.parent.location.search")
-        return {
-            key.removeprefix("p.curvature."): value
-            for key, value in urllib.parse.parse_qsl(query.removeprefix("?"))
-            if key.startswith("p.curvature.")
-        }
-
-    def drag(self, chart, first, last):
-        """Over a curve, between two places given as shares of the plot."""
-        plot = self.one(f"[data-chart={chart}] .plot")
-        self.browser.execute_script("arguments[0].scrollIntoView()", plot)
-        width = plot.rect["width"]
-        actions = ActionChains(self.browser)
-        actions.move_to_element_with_offset(plot, round((first - 0.5) * width), 0)
-        actions.click_and_hold()
-        actions.move_by_offset(round((last - first) * width), 0).release().perform()
-
-    def lines_of(self, chart, expected):
-        """Waits for the curves of figures that are read when they are asked for."""
-        self.until(lambda: self.lines(chart) == expected)
-
-    def lines(self, chart):
-        return [
-            (line.get_attribute("data-run"), line.get_attribute("data-name"))
-            for line in self.all(f"[data-chart={chart}] path.line")
-        ]
+def lightness(page, layer, step):
+    """Of a cell's colour: the sum of red, green and blue."""
+    return page.browser.execute_script(
+        """
+        const canvas = document.querySelector('#heat-map canvas');
+        const [row, rows, column, columns] = arguments;
+        const x = canvas.width * (column + 0.3) / columns;
+        const y = canvas.height * (row + 0.3) / rows;
+        const [r, g, b] = canvas.getContext('2d').getImageData(x, y, 1, 1).data;
+        return r + g + b;
+        """,
+        *(LAYERS.index(layer), len(LAYERS), STEPS.index(step), len(STEPS)),
+    )
 
 
 def forget(page, server, directory):
@@ -183,14 +96,17 @@ def forget(page, server, directory):
 
 
 @pytest.fixture
-def page(browser, server):
-    opened = Page(browser).open(server.url)
+def page(browser, server, request):
+    """The page by itself, or in TensorBoard's own, which takes longer."""
+    opened = Page(browser).open(server.url, framed=getattr(request, "param", False))
     yield opened
-    browser.switch_to.default_content()
-    severe = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
-    assert severe == []
+    opened.leave()
 
 
+framed = pytest.mark.parametrize("page", [True], ids=["framed"], indirect=True)
+
+
+@framed
 def test_first_sight(page):
     assert page.texts(".run-name") == ["newton", "sgd"]
     last = run_of("newton", STEPS[-1])
@@ -237,7 +153,7 @@ def test_first_sight(page):
 def test_heat_map_shows_values_and_colours_by_size(page):
     for layer, step in (("conv1", 0), ("block/norm", 300), ("logits", 900)):
         part = run_of("newton", step)["layers"][LAYERS.index(layer)]
-        name, at, value = page.point_at_cell(layer, step)
+        name, at, value = point_at_cell(page, layer, step)
         assert (name, at) == (layer, f"step {step}")
         shown, error = value.removeprefix("Mean: ").split(" ± ")
         assert float(shown) == pytest.approx(part["diagonal_mean"], rel=0.01)
@@ -245,7 +161,7 @@ def test_heat_map_shows_values_and_colours_by_size(page):
             part["diagonal_mean_standard_error"], rel=0.06
         )
     cells = [(layer, step) for layer in LAYERS for step in (0, 500, 900)]
-    by_lightness = sorted(cells, key=lambda cell: page.lightness(*cell))
+    by_lightness = sorted(cells, key=lambda cell: lightness(page, *cell))
     means = [
         run_of("newton", step)["layers"][LAYERS.index(layer)]["diagonal_mean"]
         for layer, step in by_lightness
@@ -289,13 +205,13 @@ def test_choosing_a_figure(page):
     assert "Share of negative entries" in page.text("#heat-map h3")
     assert page.texts(".legend-marks span")[0] == "0 %"
     share = run_of("newton", 200)["layers"][1]["negative_share"]
-    shown = page.point_at_cell("conv2", 200)[2].removeprefix("Share negative: ")
+    shown = point_at_cell(page, "conv2", 200)[2].removeprefix("Share negative: ")
     assert float(shown.removesuffix(" %")) == pytest.approx(100 * share, abs=0.06)
     assert "has the largest share of negative curvature" in page.text("#answer")
     page.one("input[value=diagonal_max]").click()
     page.settle()
     highest = run_of("newton", 200)["layers"][1]["diagonal_max"]
-    shown = float(page.point_at_cell("conv2", 200)[2].removeprefix("Maximum: "))
+    shown = float(point_at_cell(page, "conv2", 200)[2].removeprefix("Maximum: "))
     assert shown == pytest.approx(highest, rel=0.006)
 
 
@@ -337,6 +253,7 @@ def test_stability_is_what_the_optimizer_sees_as_a_share_of_its_threshold(page):
     assert shown == pytest.approx(expected, rel=0.05)
 
 
+@framed
 def test_eigenvalue_has_the_limit_of_plain_gradient_descent(page, server, log_dir):
     """The limit belongs to the Hessian itself only without a preconditioner."""
     assert page.all("[data-chart=max_eigenvalue] path.line[stroke-dasharray]") == []
@@ -430,6 +347,7 @@ def test_dragging_over_a_curve_zooms_all_panes(page):
     assert not page.one("#unzoom").is_displayed()
 
 
+@framed
 def test_a_link_shows_what_was_chosen(page, server):
     page.all(".run-name")[1].click()
     page.one("input[value=trace]").click()
@@ -443,7 +361,7 @@ def test_a_link_shows_what_was_chosen(page, server):
         "bands": "0",
         "layer": "conv2",
     }
-    page.open(server.url, **chosen)
+    page.open(server.url, framed=True, **chosen)
     assert page.text("#answer").startswith("At step 900 of sgd")
     assert page.text("[data-chart=layer] h3") == "Trace · conv2"
     assert page.all("path.band") == []
@@ -527,6 +445,7 @@ def test_panes_are_saved_with_the_look_they_have(page):
     assert any("stroke: rgb(0, 114, 178)" in picture for picture in pictures)
 
 
+@framed
 def test_a_pane_of_zeros_says_so(page, server, log_dir):
     with CurvatureWriter(log_dir / "zero") as writer:
         for step in (0, 100):
@@ -547,86 +466,6 @@ def test_a_pane_of_zeros_says_so(page, server, log_dir):
     page.until(lambda: page.text("#heat-map .note-line") == "All values are zero.")
     assert page.text("[data-chart=loss] .note") == "All values are zero."
     forget(page, server, log_dir / "zero")
-
-
-def test_many_layers_fold_and_many_runs_have_short_names(browser, serve, tmp_path):
-    names = write_runs(tmp_path, runs=10, probes=60, layers=100)
-    with serve(tmp_path, load_fast="true") as running:
-        for name in names:
-            running.wait_for_run(name)
-        page = Page(browser).open(running.url)
-        assert page.text("#run-prefix") == "All begin with sweep/"
-        shown = page.texts(".run-name")
-        assert sorted(shown) == sorted(f"rate={0.1 * (i + 1):.1f}" for i in range(10))
-        assert len(page.lines("trace")) == 6
-        page.one("#all-runs").click()
-        page.until(lambda: len(page.lines("trace")) == 10)
-        # Beyond eight runs colours come again, with another stroke.
-        dashed = page.all("[data-chart=trace] path.line[stroke-dasharray]")
-        assert len(dashed) == 2
-        page.one("#run-filter").send_keys("0.3")
-        assert page.texts(".run-name") == ["rate=0.3"]
-        page.settle()
-        rows = page.texts(".row-label")
-        assert all(row.startswith("▸ model/stage") for row in rows)
-        page.all(".row-label")[0].click()
-        unfolded = page.texts(".row-label")
-        assert len(unfolded) == len(rows) + 4
-        assert unfolded[1] == "model/stage1/block1/conv_0"
-        assert page.chosen["folds"] == "+model/stage1/block1"
-        # The steps stay in sight below the rows that scroll.
-        scroll = page.one("#heat-map .scroll").rect
-        steps = page.one("#heat-map .steps").rect
-        assert steps["y"] >= scroll["y"] + scroll["height"] - 1
-        # Before its server goes, which the next test's page is not to be blamed for.
-        browser.switch_to.default_content()
-        browser.get("about:blank")
-
-
-def test_long_runs_of_deep_models_open_and_are_complete(browser, serve, tmp_path):
-    """2,000 probes, 200 layers, 20 runs; benchmarks/page.py tells the seconds."""
-    names = write_runs(tmp_path, runs=20, probes=2000, layers=200)
-    last = 10 * 1999
-    with serve(tmp_path, load_fast="true") as running:
-        for name in names:
-            running.wait_for_run(name)
-        page = Page(browser)
-        page.until(
-            lambda: all(
-                one["last_step"] == last
-                for one in running.get("plugin/curvature/runs")["runs"]
-            )
-        )
-        page.open(running.url)
-        # More probes than a screen has room for: some are shown, the last one too.
-        assert "500 of 2000 probes" in page.text("#heat-map h3")
-        assert f"At step {last} " in page.text("#answer")
-        page.one("#fold-all").click()
-        rows = page.texts(".row-label")
-        assert len([row for row in rows if "conv_" in row]) == 200
-        page.one("#all-runs").click()
-        page.until(lambda: len(page.lines("layer")) == len(page.lines("loss")) == 20)
-        # What does not change is not drawn again: neither map nor other charts.
-        script = """
-            const charts = [...document.querySelectorAll('.chart svg[role=img]')];
-            for (const chart of charts) chart.dataset.before = 'yes';
-            const pen = document.querySelector('#heat-map canvas').getContext('2d');
-            pen.fillStyle = 'rgb(1, 2, 3)';
-            pen.fillRect(0, 0, 3, 3);
-            document.querySelector(arguments[0]).click();
-            return [
-              document.querySelectorAll('.chart svg[data-before=yes]').length,
-              charts.length, [...pen.getImageData(1, 1, 1, 1).data].slice(0, 3)];
-        """
-        kept, count, corner = browser.execute_script(script, "#live")
-        assert kept == count >= 8 and corner == [1, 2, 3]
-        other = ".row-label.inner[aria-selected=false]"
-        _, count, corner = browser.execute_script(script, other)
-        assert corner != [1, 2, 3]
-        kept = ".chart svg[data-before=yes]"
-        page.until(lambda: len(page.all(kept)) == count - 1)
-        browser.switch_to.default_content()
-        browser.get("about:blank")
 
 
 def test_narrow_windows_have_one_column_that_scrolls_as_a_whole(page, server):
@@ -687,7 +526,20 @@ def test_layers_of_two_models_are_matched_without_the_counters_of_keras(page):
     }
 
 
+def test_steps_are_written_with_their_digits_in_threes(page):
+    script = """
+        const [steps, done] = arguments;
+        import(new URL('format.js', location.origin + '/data/plugin/curvature/'))
+          .then(({formatStep}) => done(steps.map(formatStep)));
+    """
+    steps = [0, 999, 1000, 1234567, 0.25, 1234.56789]
+    found = page.browser.execute_async_script(script, steps)
+    grouped = [f"{step:,.3f}".rstrip("0").rstrip(".") for step in steps]
+    assert found == [text.replace(",", "\u2009") for text in grouped]
+
+
 @pytest.mark.parametrize("theme", ["dark", "light"])
+@framed
 def test_follows_the_theme(page, server, theme):
     features = [{"name": "prefers-color-scheme", "value": theme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -698,6 +550,7 @@ def test_follows_the_theme(page, server, theme):
     assert red < 80 if theme == "dark" else red > 200
 
 
+@framed
 def test_new_records_appear_when_tensorboard_reloads(page, log_dir):
     with CurvatureWriter(log_dir / "later") as writer:
         for step in (0, 100):
@@ -718,6 +571,7 @@ def test_new_records_appear_when_tensorboard_reloads(page, log_dir):
     assert page.text("#answer").startswith("At step 900 of newton")
 
 
+@framed
 def test_says_so_when_the_server_does_not_answer(page):
     page.browser.execute_script(
         "window.fetch = () => Promise.reject(new Error('gone'))"

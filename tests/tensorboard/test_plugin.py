@@ -8,7 +8,7 @@ import urllib.error
 
 import numpy as np
 import pytest
-from records import LAYERS, MODE, SERVED_STEPS, synthetic_record
+from records import LAYERS, LONG_STEPS, MODE, SERVED_STEPS, synthetic_record
 
 from keras_curvature.tensorboard import plugin, tags
 from keras_curvature.tensorboard.plugin.plugin import CurvaturePlugin
@@ -29,6 +29,7 @@ def test_runs_and_their_last_steps(server):
     assert server.get("plugin/curvature/runs")["runs"] == [
         {"run": "a/curvature", "last_step": 300},
         {"run": "b/curvature", "last_step": 300},
+        {"run": "long/curvature", "last_step": LONG_STEPS[-1]},
         {"run": "sparse/curvature", "last_step": 2},
     ]
 
@@ -54,7 +55,7 @@ def test_a_table_holds_what_was_written(server):
             if value is not None:
                 np.testing.assert_allclose(shown, value, **close)
     assert table["mode"] == MODE
-    assert table["num_probes"] == len(SERVED_STEPS)
+    assert table["num_probes"] == len(SERVED_STEPS) and table["every"] == 1
     assert not table["density"]
     parts = (*LAYERS, tags.WHOLE_MODEL)
     groups = (tags.LAYER_HISTOGRAM, tags.GRADIENT_HISTOGRAM)
@@ -98,6 +99,7 @@ def test_what_is_missing_is_null(server):
     table = server.get("plugin/curvature/table", run="sparse/curvature")
     assert table == {
         "steps": [1, 2],
+        "every": 1,
         "num_probes": 2,
         "layers": [],
         "sizes": [],
@@ -141,6 +143,35 @@ def test_csv_holds_every_value_of_the_runs(server):
     per_run -= 1  # No update before the first step.
     per_run += len(tags.LAYER_KEYS) * len(LAYERS) * len(SERVED_STEPS)
     assert sum(r["run"] == "a/curvature" for r in rows) == per_run
+
+
+def test_a_long_run_is_shown_at_common_steps(server):
+    """Every fourth probe, and the last one: whatever TensorBoard keeps of curves."""
+    of = {"run": "long/curvature"}
+    table = server.get("plugin/curvature/table", **of)
+    steps = [*LONG_STEPS[::4], LONG_STEPS[-1]]
+    assert table["steps"] == steps
+    assert table["every"] == 4 and table["num_probes"] == len(LONG_STEPS)
+    # Four digits are sent.
+    np.testing.assert_allclose(table["figures"]["loss"], steps, rtol=5.1e-4)
+    of |= {"every": 4, "last": steps[-1]}
+    sent = server.get("plugin/curvature/layers", figure="trace", **of)
+    rows = np.frombuffer(sent, "<f4").reshape(2, len(steps))
+    np.testing.assert_array_equal(rows, [steps, np.add(steps, 1)])
+    found = server.get("plugin/curvature/layer", layer="y", **of)["figures"]
+    np.testing.assert_allclose(found["trace"], np.add(steps, 1), rtol=5.1e-4)
+
+
+def test_csv_of_a_long_run_is_complete(server):
+    text = server.get("plugin/curvature/csv", run="long/curvature").decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for layer, figure, more in (("", "loss", 0), ("y", "trace", 1)):
+        found = {
+            int(r["step"]): float(r["value"])
+            for r in rows
+            if (r["layer"], r["figure"]) == (layer, figure)
+        }
+        assert found == {step: step + more for step in LONG_STEPS}
 
 
 @pytest.mark.parametrize(

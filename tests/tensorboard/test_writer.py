@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from event_files import event_files, events, read, scalars
 from records import LAYERS, MODE, synthetic_record
-from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing import (
+    data_ingester,
+    plugin_event_accumulator,
+)
 
-from keras_curvature.tensorboard import signed_log, tags
+from keras_curvature.tensorboard import groups, signed_log, tags
 from keras_curvature.tensorboard.writer import CurvatureWriter
 
 FIRST = 10
@@ -140,17 +143,37 @@ def test_few_layers_have_tags_of_their_own_and_always_the_same(tmp_path, top):
 
 
 def test_a_tag_of_the_page_holds_as_many_probes_as_tensorboard_keeps(tmp_path):
-    many = tags.PROBES_PER_TAG
-    steps = [3 * i for i in range(2 * many + 5)]
-    write(tmp_path, *({"step": step, "loss": float(step)} for step in steps))
+    steps = [3 * i for i in range(50)]
+    records = [{"step": step, "loss": float(step)} for step in steps]
+    write(tmp_path, *records[:40])
+    # Another process goes on with the run, and with counting its probes.
+    with CurvatureWriter(tmp_path) as writer:
+        writer.begin(3 * 40)
+        for record in records[40:]:
+            writer.write(record)
     found = read(tmp_path)
-    assert {tag: list(v) for tag, v in found.items() if "curvature_figures" in tag} == {
-        "curvature_figures/0": steps[:many],
-        f"curvature_figures/{3 * many}": steps[many : 2 * many],
-        f"curvature_figures/{6 * many}": steps[2 * many :],
+    by_tag = {t: list(v) for t, v in found.items() if "curvature_figures" in t}
+    assert by_tag == {
+        "curvature_figures/0": steps[:10],
+        "curvature_figures/every_1/11/33": steps[11:31:2],
+        "curvature_figures/every_1/31/93": steps[31:40:2],
+        "curvature_figures/every_2/10/30": steps[10:40:4],
+        "curvature_figures/every_4/12/36": steps[12:40:8],
+        "curvature_figures/every_8/24/72": [steps[24]],
+        "curvature_figures/every_16/16/48": [steps[16]],
+        "curvature_figures/every_32/32/96": [steps[32]],
+        "curvature_figures/every_1/41/123": steps[41::2],
+        "curvature_figures/every_2/42/126": steps[42::4],
+        "curvature_figures/every_4/44/132": [steps[44]],
+        "curvature_figures/every_8/40/120": [steps[40]],
+        "curvature_figures/every_16/48/144": [steps[48]],
     }
-    kept = plugin_event_accumulator.DEFAULT_SIZE_GUIDANCE
-    assert many <= kept[plugin_event_accumulator.TENSORS]
+    assert sorted(step for held in by_tag.values() for step in held) == steps
+
+
+def test_tensorboard_keeps_all_probes_of_a_tag():
+    kept = data_ingester.DEFAULT_SIZE_GUIDANCE
+    assert groups.PROBES <= kept[plugin_event_accumulator.TENSORS]
 
 
 def test_every_tag_has_a_description(tmp_path):

@@ -16,9 +16,10 @@ from keras_curvature.tensorboard import tags
 from keras_curvature.tensorboard.plugin import reading
 
 _STATIC = pathlib.Path(__file__).parent / "static"
+_SCRIPT = "index.js"
 _MIME_TYPES = {".js": "text/javascript", ".css": "text/css"}
-# Steps of a run on a screen; the CSV has all of them.
-_MOST_STEPS = 500
+# Steps of a run on a screen, which the reader may exceed; the CSV has all of them.
+_MOST_STEPS = 550
 _MOST_PICTURES = 60
 
 
@@ -47,7 +48,7 @@ class CurvaturePlugin(base_plugin.TBPlugin):
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         """The tab's name and its script."""
         return base_plugin.FrontendMetadata(
-            es_module_path="/index.js", tab_name="Curvature"
+            es_module_path=f"/{_SCRIPT}", tab_name="Curvature"
         )
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
@@ -58,6 +59,7 @@ class CurvaturePlugin(base_plugin.TBPlugin):
             if path.suffix in _MIME_TYPES
         }
         return routes | {
+            f"/{_SCRIPT}": self._answer(self._open),
             "/runs": self._answer(self._runs),
             "/table": self._answer(self._table),
             "/layers": self._answer(self._layers),
@@ -79,19 +81,28 @@ class CurvaturePlugin(base_plugin.TBPlugin):
 
         return answer
 
+    def _open(self, request: Request, ctx: Any, experiment: str) -> Response:
+        """The page's script, and the sign that it will ask for figures soon.
+
+        They are read while the browser loads what else it needs.
+        """
+        self._reader.read_ahead(ctx, experiment)
+        return _file(request, _STATIC / _SCRIPT)
+
     def _runs(self, request: Request, ctx: Any, experiment: str) -> Response:
         runs = self._reader.runs(ctx, experiment)
         return _respond(request, {"runs": runs})
 
     def _table(self, request: Request, ctx: Any, experiment: str) -> Response:
         """A run's global figures, and which others it has."""
-        run = self._reader.run(ctx, experiment, _wanted_runs(request)[0])
+        run = self._reader.run(ctx, experiment, _part(request))
         shown = _shown(request, run)
         return _respond(
             request,
             {
                 "steps": run.steps[shown].tolist(),
-                "num_probes": len(run.steps),
+                "every": run.every,
+                "num_probes": run.num_probes,
                 "layers": run.layers,
                 "sizes": run.sizes,
                 "figures": {k: reading.plain(v[shown]) for k, v in run.figures.items()},
@@ -108,26 +119,20 @@ class CurvaturePlugin(base_plugin.TBPlugin):
         As numbers of four bytes one after the other, for they are many; none if the run
         does not have the figure.
         """
-        name = _wanted_runs(request)[0]
-        run = self._reader.run(ctx, experiment, name)
+        run = self._reader.layers(ctx, experiment, _part(request))
         key, rows = request.args.get("figure", ""), b""
         if key in run.layer_keys:
-            values = self._reader.layers(ctx, experiment, name)
             shown = _shown(request, run)
-            rows = (
-                values[shown, :, tags.LAYER_KEYS.index(key)].T.astype("<f4").tobytes()
-            )
+            rows = run.of_layers(key)[shown].T.astype("<f4").tobytes()
         return http_util.Respond(request, rows, "application/octet-stream")
 
     def _layer(self, request: Request, ctx: Any, experiment: str) -> Response:
         """All figures of one layer of a run, at the table's steps."""
-        name = _wanted_runs(request)[0]
-        run = self._reader.run(ctx, experiment, name)
+        run = self._reader.layers(ctx, experiment, _part(request))
         layer, figures = request.args.get("layer", ""), {}
         if layer in run.layers:
-            values = self._reader.layers(ctx, experiment, name)
             shown = _shown(request, run)
-            own = reading.plain(values[shown, run.layers.index(layer)].T)
+            own = reading.plain(run.by_layer[shown, run.layers.index(layer)].T)
             by_key = dict(zip(tags.LAYER_KEYS, own, strict=True))
             figures = {key: by_key[key] for key in run.layer_keys}
         return _respond(request, {"figures": figures})
@@ -165,26 +170,32 @@ class CurvaturePlugin(base_plugin.TBPlugin):
         )
 
     def _csv(self, request: Request, ctx: Any, experiment: str) -> Response:
-        runs = [
-            (
-                run,
-                self._reader.run(ctx, experiment, run),
-                self._reader.layers(ctx, experiment, run),
-            )
-            for run in _wanted_runs(request)
-        ]
+        wanted = _wanted_runs(request)
+        for run in wanted:
+            # An error can be told as long as nothing has been sent.
+            self._reader.run(ctx, experiment, reading.Part(run))
         headers = {"Content-Disposition": 'attachment; filename="curvature.csv"'}
-        # Sent as it is written: every figure of every probe is much.
+        # Read and sent as it is written: every figure of every probe is much.
+        runs = (
+            (run, self._reader.layers(ctx, experiment, reading.Part(run, every=1)))
+            for run in wanted
+        )
         return Response(reading.to_csv(runs), headers=headers, mimetype="text/csv")
 
 
 def _shown(request: Request, run: reading.Run) -> np.ndarray:
     """Which probes to show, so that all answers to a page have the same steps.
 
-    A page that read so many probes (`probes`) asks for no others until it reads anew.
+    A page whose table ends with a step (`last`) shows no others until it reads anew.
     """
-    count = request.args.get("probes", len(run.steps), type=int)
-    return reading.columns(min(count, len(run.steps)), _MOST_STEPS)
+    last = request.args.get("last", None, type=int)
+    count = len(run.steps) if last is None else int((run.steps <= last).sum())
+    return reading.columns(count, _MOST_STEPS)
+
+
+def _part(request: Request) -> reading.Part:
+    every, last = (request.args.get(k, None, type=int) for k in ("every", "last"))
+    return reading.Part(_wanted_runs(request)[0], every, last)
 
 
 def _respond(request: Request, content: Any) -> Response:
@@ -205,9 +216,13 @@ def _wanted_runs(request: Request) -> list[str]:
 def _serve_file(path: pathlib.Path) -> Callable[..., Any]:
     @Request.application
     def serve(request: Request) -> Response:
-        return http_util.Respond(request, _content(path), _MIME_TYPES[path.suffix])
+        return _file(request, path)
 
     return serve
+
+
+def _file(request: Request, path: pathlib.Path) -> Response:
+    return http_util.Respond(request, _content(path), _MIME_TYPES[path.suffix])
 
 
 @functools.lru_cache

@@ -55,21 +55,31 @@ export function fetchTable(run) {
   return get(address('table', {run}));
 }
 
+/** What of a run is asked for, so that it has the steps of a table. */
+function partOf(run, {every, steps}) {
+  return {run, every, last: steps.at(-1)};
+}
+
 /** One figure of all layers, rows of layers, at the steps of a table; null if unknown. */
-export async function fetchLayers(run, figure, {layers, num_probes: probes}) {
-  const response = await answer(address('layers', {run, figure, probes}));
+export async function fetchLayers(run, figure, table) {
+  const response = await answer(address('layers', {...partOf(run, table), figure}));
   const values = new Float32Array(await response.arrayBuffer());
   if (!values.length) return null;
-  const count = values.length / layers.length;
+  const count = values.length / table.layers.length;
   // As in JSON, what is not there is null.
-  return layers.map((_, i) => Array.from(
-    values.subarray(i * count, (i + 1) * count),
-    (value) => (Number.isFinite(value) ? value : null)));
+  return table.layers.map((_, i) => {
+    const row = new Array(count);
+    for (let j = 0; j < count; j++) {
+      const value = values[i * count + j];
+      row[j] = Number.isFinite(value) ? value : null;
+    }
+    return row;
+  });
 }
 
 /** All figures of one layer, at the steps of a table. */
-export async function fetchLayer(run, layer, {num_probes: probes}) {
-  return (await get(address('layer', {run, layer, probes}))).figures;
+export async function fetchLayer(run, layer, table) {
+  return (await get(address('layer', {...partOf(run, table), layer}))).figures;
 }
 
 export function fetchDensity(run) {
