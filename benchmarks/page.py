@@ -67,13 +67,9 @@ def run():
         write_runs(logs, RUNS, PROBES, LAYERS)
         first, again = [], []
         for number in range(ROUNDS):
-            with tensorboard_server(logs, load_fast="true") as server:
-                last = 10 * (PROBES - 1)
-                while [
-                    one["last_step"]
-                    for one in server.get("plugin/curvature/runs")["runs"]
-                ] != [last] * RUNS:
-                    time.sleep(0.2)
+            # With all that is installed, as users start it.
+            with tensorboard_server(logs, load_fast="true", without=()) as server:
+                server.wait_for_steps([10 * (PROBES - 1)] * RUNS)
                 browser = start_browser(pathlib.Path(directory) / f"profile{number}")
                 if browser is None:
                     raise RuntimeError(
