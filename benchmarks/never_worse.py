@@ -28,7 +28,7 @@ from keras_curvature.diagonal import diagonal_moments, sampled_method
 COMPARED = [(4, 8), (16, 4)]
 
 #: Epochs of training before each look.
-CHECKPOINTS = (0, 100)
+CHECKPOINTS = (0, 10, 90)
 
 #: All whose dense Hessian does not take long.
 NAMES = tuple(name for name in small.ARCHITECTURES if name != "resnet")

@@ -215,8 +215,13 @@ def diagonal_moments(
     if method in ("shrunk", "split"):
         split = _split(operator)
         budget = estimators.check_budget(num_matvecs, tolerance) if sampled else samples
-        moments = split.moments(budget, tolerance, seed, method == "shrunk", progress)
-        rest = " and ".join(f"sampled along {_PLACES[kind]}" for kind in split.kinds)
+        moments = split.moments(
+            operator, budget, tolerance, seed, method == "shrunk", progress
+        )
+        rest = " and ".join(
+            f"sampled along {_PLACES[kind]}"
+            for kind in split.kinds(operator, method == "shrunk")
+        )
         return _told(moments, operator, f"Gauss-Newton part, and the rest {rest}")
     if method == "gauss_newton":
         gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)
@@ -258,6 +263,7 @@ _PLACES = {
     "layer outputs": "layer outputs",
     "layers": "layer outputs",
     "parameters": "parameters",
+    "whole": "parameters, with it",
     "gauss_newton": "model outputs",
 }
 

@@ -3,10 +3,14 @@
 `layerwise.split` knows the samples, `estimators.shrinkage` what they tell together.
 """
 
+import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
+from keras import ops
 from numpy.typing import NDArray
 
 from keras_curvature import estimators
@@ -14,15 +18,19 @@ from keras_curvature.backend import Tensor
 from keras_curvature.estimators import MINIMUM_SAMPLES, Moments
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import SplitDiagonal
+from keras_curvature.operators import HessianOperator
 from keras_curvature.progress import Progress
 
 _Array = NDArray[np.float64]
 
+#: The kind of samples that are those of both parts together: products with H.
+WHOLE = "whole"
+
 #: Keeps the draws of the two parts, and those that kinds are chosen by, apart.
 _GAUSS_NEWTON, _REST, _CHOICE = 5, 6, 7
 
-#: Samples that kinds are chosen by, and their number that is planned for.
-_TRIED, _PLANNED = 2, 4
+#: Samples that kinds are chosen by, and the budget that is planned for.
+_TRIED, _PLANNED = 2, 8
 
 #: The rest is thought to be at least this share of `‖g‖²`, where kinds are chosen:
 #: noise beyond its size is shrunk anyway.
@@ -44,10 +52,11 @@ class SplitMoments:
         self.parts = evaluation.once(SplitDiagonal)
         self.possible = self.parts.possible
         self._sizes = tuple(evaluation.loss.layout.sizes)
-        self._kinds: tuple[str, ...] = ()
+        self._kinds: dict[bool, tuple[str, ...]] = {}
 
     def moments(
         self,
+        operator: HessianOperator,
         budget: int,
         tolerance: float | None,
         seed: int,
@@ -62,6 +71,7 @@ class SplitMoments:
         error can be given, and a shrunk diagonal is that of the first part alone.
 
         Args:
+            operator: that of the evaluation, whose products are samples of the whole.
             budget: number of products, or what costs as much.
             tolerance: relative error at which to stop, not before 16 products.
             seed: a seed of the random signs.
@@ -70,24 +80,23 @@ class SplitMoments:
         """
         going = _Going(progress, budget)
         spent = budget if tolerance is None else min(budget, MINIMUM_SAMPLES)
-        exact, passes = None, _passes(budget, shrink)
+        kinds = self.kinds(operator, shrink)
+        plan = functools.partial(_Plan.of, kinds=kinds, shrink=shrink)
+        exact, passes = None, plan(budget).passes
         if self.parts.num_outputs <= 2 * passes:
             passes = int(self.parts.num_outputs)
             exact = self.parts.exact_gauss_newton()
-        g, rest = (
-            self._samples("", seed),
-            {k: self._samples(k, seed) for k in self.kinds},
-        )
+        g = self._samples("", operator, seed)
+        rest = [self._samples(kind, operator, seed) for kind in kinds]
         while True:
+            now = plan(spent)
             if exact is not None:
                 quiet = estimators.exact_part(exact, self._sizes)
             else:
-                quiet = g.drawn(_passes(spent, shrink), going.with_price(0.5))
-            products = spent // 2 if spent >= 2 * _TRIED else int(not shrink)
-            counts = _shared(products, len(rest)) if products else [0] * len(rest)
+                quiet = g.drawn(now.passes, going.with_price(0.5))
             noisy = [
                 samples.drawn(count, going.with_price(1.0), quiet.mean)
-                for samples, count in zip(rest.values(), counts, strict=True)
+                for samples, count in zip(rest, now.by_kind, strict=True)
                 if count
             ]
             cost = (quiet.count or passes) / 2 + sum(part.count for part in noisy)
@@ -98,38 +107,52 @@ class SplitMoments:
                 return found
             spent = min(2 * spent, budget)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of samples of the second part: the quieter one, or both.
+    def kinds(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
+        """The kinds of samples of the second part, or of the whole: the quietest.
 
         Found out once, by two samples of each, so that it is the same in every probe.
-        """
-        if not self._kinds:
-            kinds = tuple(self.parts.rest)
-            self._kinds = kinds if len(kinds) == 1 else self._quietest(kinds)
-        return self._kinds
 
-    def _quietest(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        Args:
+            operator: that of the evaluation.
+            shrink: whether the samples are to be shrunk towards the first part. Those
+                of the whole are of use only then.
+        """
+        if shrink not in self._kinds:
+            self._kinds[shrink] = self._quietest(operator, shrink)
+        return self._kinds[shrink]
+
+    def _quietest(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
+        rest = tuple(self.parts.rest)
+        choices = [(kind,) for kind in rest] + [rest] * (len(rest) > 1)
+        if shrink:
+            choices.append((WHOLE,))
+        if len(choices) == 1:
+            return choices[0]
         going = _Going(None, 0).with_price(0.0)
-        g = self._samples("", 0, _CHOICE).drawn(_TRIED, going)
-        one, other = (
-            self._samples(kind, 0, _CHOICE).drawn(_TRIED, going, g.mean)
-            for kind in kinds
-        )
-        noise = [
-            self._by_block(part.error) * (_TRIED / _PLANNED) for part in (one, other)
-        ]
+        g = self._samples("", operator, 0, _CHOICE).drawn(_TRIED, going)
+        tried = {
+            kind: self._samples(kind, operator, 0, _CHOICE).drawn(_TRIED, going, g.mean)
+            for kind in dict.fromkeys(itertools.chain(*choices))
+        }
+        # Of one product, and of a backward pass.
+        noise = {kind: _TRIED * self._by_block(p.error) for kind, p in tried.items()}
+        of_g = _TRIED * self._by_block(g.error)
+        means = [p.mean - (g.mean if p.whole else 0.0) for p in tried.values()]
         # The product of independent samples is the square of what they are samples of.
-        limit = np.maximum(
-            _SHARE * self._by_block(g.mean),
-            self._by_block(one.mean, other.mean),
-        )
-        # Half of the samples of each kind, each block from the quieter one mostly.
-        first, second = noise
-        total = first + second
-        both = 2 * first * second / np.where(total > 0, total, 1)
-        choices = {(kinds[0],): first, (kinds[1],): second, kinds: both}
-        return min(choices, key=lambda one: _risk(choices[one], limit))
+        pairs = [self._by_block(x, y) for x, y in itertools.combinations(means, 2)]
+        size = np.maximum(_SHARE * self._by_block(g.mean), np.median(pairs, axis=0))
+        risks = []
+        for kinds in choices:
+            plan = _Plan.of(_PLANNED, kinds, shrink)
+            of_mean = _harmonic([noise[kind] for kind in kinds]) / plan.products
+            of_quiet = of_g / plan.passes
+            if WHOLE in kinds:
+                risks.append(_risk(of_mean, size + of_quiet))
+            else:
+                risks.append(
+                    of_quiet.sum() + (_risk(of_mean, size) if shrink else of_mean.sum())
+                )
+        return choices[int(np.argmin(risks))]
 
     def _by_block(self, x: Tensor, y: Tensor | None = None) -> _Array:
         """Sums of squares by variable, or of products."""
@@ -138,15 +161,28 @@ class SplitMoments:
         return estimators.to_host(sums)[:, 0]
 
     def _samples(
-        self, kind: str, seed: int, purpose: int | None = None
+        self,
+        kind: str,
+        operator: HessianOperator,
+        seed: int,
+        purpose: int | None = None,
     ) -> estimators.PartSamples:
         """Samples of the second part by their kind, or of the first part without."""
-        samples = self.parts.rest[kind] if kind else self.parts.gauss_newton
         usual = _REST if kind else _GAUSS_NEWTON
         key = estimators.seed_key(seed, usual if purpose is None else purpose)
-        return estimators.PartSamples(
-            lambda start, width: samples(key, start, width), self._sizes
-        )
+        if kind == WHOLE:
+            return estimators.PartSamples(
+                functools.partial(_of_whole, operator, key), self._sizes, whole=True
+            )
+        samples = self.parts.rest[kind] if kind else self.parts.gauss_newton
+        return estimators.PartSamples(functools.partial(samples, key), self._sizes)
+
+
+def _of_whole(operator: HessianOperator, key: Tensor, start: int, width: int) -> Tensor:
+    products = estimators.Products(operator)
+    with products.working():
+        signs = products.signs(key, start, width)
+        return ops.transpose(signs * products.rows(signs))
 
 
 class _Going:
@@ -175,16 +211,51 @@ def _precise(moments: Moments, tolerance: float | None) -> bool:
     return tolerance is not None and error is not None and error <= tolerance
 
 
-def _passes(budget: int, shrink: bool) -> int:
-    """Backward passes of the first part: all of the budget where nothing else is."""
-    return 2 * budget if shrink and budget < 2 * _TRIED else budget
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a budget is spent on.
+
+    Attributes:
+        passes: backward passes of the first part, for half the price of a product.
+        by_kind: products for samples of each kind.
+    """
+
+    passes: int
+    by_kind: tuple[int, ...]
+
+    @property
+    def products(self) -> int:
+        return sum(self.by_kind)
+
+    @classmethod
+    def of(cls, budget: int, kinds: tuple[str, ...], shrink: bool) -> "_Plan":
+        """The plan for kinds of samples of the second part, or of the whole.
+
+        Half of the budget is for each of the parts; samples of the whole need the first
+        part only to be shrunk towards it, and leave it an eighth.
+        """
+        if budget < 2 * _TRIED:
+            count = int(not shrink)
+            passes = 2 * budget if shrink else budget
+        elif WHOLE in kinds:
+            count = budget - max(1, budget // 8)
+            passes = 2 * (budget - count)
+        else:
+            count, passes = budget // 2, budget
+        if count <= 1:
+            return cls(passes, (count,) + (0,) * (len(kinds) - 1))
+        by_kind = (max(2, (count + k) // len(kinds)) for k in range(len(kinds)))
+        return cls(passes, tuple(by_kind))
 
 
-def _shared(count: int, kinds: int) -> list[int]:
-    """As many samples of each kind, two at least; one in all of the first kind."""
-    if count == 1:
-        return [1] + [0] * (kinds - 1)
-    return [max(2, (count + k) // kinds) for k in range(kinds)]
+def _harmonic(noise: list[_Array]) -> _Array:
+    """Noise of one sample, when kinds share samples and are weighted by their noise."""
+    if len(noise) == 1:
+        return noise[0]
+    first, second = noise
+    total = first + second
+    both: _Array = 2 * first * second / np.where(total > 0, total, 1)
+    return both
 
 
 def _risk(noise: _Array, limit: _Array) -> float:

@@ -53,6 +53,7 @@ ROOMS = {
         "estimators",
         "evaluation",
         "layerwise",
+        "operators",
         "progress",
     },
     "diagonal": {

@@ -8,7 +8,12 @@ from keras_curvature.estimators.moments import (
     exact_moments,
     hutchinson_moments,
 )
-from keras_curvature.estimators.products import block_sums, seed_key, to_host
+from keras_curvature.estimators.products import (
+    Products,
+    block_sums,
+    seed_key,
+    to_host,
+)
 from keras_curvature.estimators.samples_of_diagonal import (
     moments_of_diagonal,
     sampled_moments,
@@ -29,6 +34,7 @@ __all__ = [
     "MINIMUM_SAMPLES",
     "Moments",
     "PartSamples",
+    "Products",
     "SpectralDensity",
     "block_sums",
     "check_budget",

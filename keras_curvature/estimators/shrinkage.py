@@ -7,13 +7,16 @@ believed as far as its samples agree, block by block (a block is a variable):
     r̃ = ρ g + w (r̂ − ρ g)
 
 1. `r̂` is the mean of the samples; where there are two kinds of them, both means with
-   weights inverse to their variances in the block.
+   weights inverse to their variances in the block. Samples of all of H will do as well,
+   with `ĝ` taken from their mean: right where g and r cancel, so that H has less noise
+   than r has.
 2. `ρ`, the slope of r over g, is one number for thousands of entries and is seen where
    no entry is. The slopes of the blocks are drawn to their common mean as far as noise
    explains their differences (see `random_effects`), and that to zero as far as it is
    not seen.
 3. `w = d² / (d² + noise²)`, with the size d of `r − ρ g` that the samples show, is the
-   weight of James and Stein (1961, "Estimation with quadratic loss") for what is left.
+   weight of James and Stein (1961, "Estimation with quadratic loss") for what is left;
+   with samples of all of H the noise of g counts to both squares.
 
 The error that is given counts both what is random and what shrinking leaves out: the
 mean square of `(1 − w) (r − ρ g)` is what the samples show of it, in the block itself
@@ -73,6 +76,7 @@ class Part:
         traces: their sums over each block, `(count, blocks)`; `(1, blocks)` if exact.
         slopes: their inner products with g in each block over `‖g‖²`, `(count,
             blocks)`; empty for g itself.
+        whole: whether it is g + r and not r.
     """
 
     mean: Tensor
@@ -80,6 +84,7 @@ class Part:
     count: int
     traces: _Array
     slopes: _Array
+    whole: bool = False
 
 
 def exact_part(diagonal: Tensor, block_sizes: tuple[int, ...]) -> Part:
@@ -100,12 +105,16 @@ class PartSamples:
         draw: `draw(start, width)` returns the samples `start … start + width − 1`, a
             tensor `(P, width)`.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
+        whole: whether they are samples of g + r.
     """
 
     def __init__(
-        self, draw: Callable[[int, int], Tensor], block_sizes: tuple[int, ...]
+        self,
+        draw: Callable[[int, int], Tensor],
+        block_sizes: tuple[int, ...],
+        whole: bool = False,
     ):
-        self._draw, self._block_sizes = draw, block_sizes
+        self._draw, self._block_sizes, self._whole = draw, block_sizes, whole
         self._samples = Samples()
         self._traces: list[_Array] = []
         self._slopes: list[_Array] = []
@@ -138,6 +147,7 @@ class PartSamples:
             samples.count,
             np.concatenate(self._traces),
             np.concatenate(self._slopes) if self._slopes else np.zeros((0, 0)),
+            self._whole,
         )
 
 
@@ -170,7 +180,8 @@ def summed(
 
     Args:
         quiet: the part g.
-        noisy: the part r, by samples of one or two kinds; none at all leaves r out.
+        noisy: the part r by samples of one or two kinds, or the whole of g + r; none
+            at all leaves r out.
         num_matvecs: what it took, for the estimates.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
         shrink: whether to shrink r; the diagonal is unbiased otherwise.
@@ -181,6 +192,7 @@ def summed(
     """
     blocks, parts = len(block_sizes), [quiet, *noisy]
     seen = bool(noisy) and all(part.count != 1 for part in parts)
+    whole = any(part.whole for part in noisy)
     weights = np.full((len(noisy), blocks), 1 / max(len(noisy), 1))
     adjusted, common = _Adjusted.not_at_all(blocks), np.zeros((len(parts), blocks))
     if seen:
@@ -190,6 +202,7 @@ def summed(
         sums = _Sums(
             **{name: to_host(x) for name, x in measured.items()},
             sizes=np.array(block_sizes),
+            whole=whole,
         )
         weights, common = sums.weights(), sums.relative_noise
         if shrink:
@@ -197,8 +210,10 @@ def summed(
             telling = np.array(block_sizes) * degrees >= _TELLING
             slopes = _slopes(noisy, weights, sums, telling)
             adjusted = sums.adjusted(weights, *slopes, telling)
+    # Samples of the whole stand for g as well.
+    of_quiet = np.full(blocks, float(not whole))
     rows = [
-        np.ones(blocks),
+        of_quiet,
         *weights,
         *common,
         adjusted.slope,
@@ -217,7 +232,7 @@ def summed(
     least = min([n for n in freedom if n], default=1)
     error = error * students_factor(least + _COMMON)
     diagonal = Estimate(value, error if seen else None, num_matvecs)
-    trace = _trace([quiet, *noisy], [np.ones(blocks), *weights], num_matvecs, seen)
+    trace = _trace([quiet, *noisy], [of_quiet, *weights], num_matvecs, seen)
     return Moments(trace, None, diagonal, num_matvecs)
 
 
@@ -257,7 +272,8 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
             _mean_squares(squares, block_sizes), np.array(block_sizes), axis=0
         )
         shape = (squares + sizes) / 2
-        shares = [1 + slope * (1 - kept), *(kept * w for w in weights[1:])]
+        shares = [(1 + slope) * (1 - kept), *(0.0 for _ in weights[1:])]
+        shares = [s + kept * w for s, w in zip(shares, weights, strict=True)]
         value, variance = 0.0, 0.0
         for i in parts:
             usual = common[i] * (shape if i else squares)
@@ -309,11 +325,13 @@ class _Sums:
             parts)`.
         noise: squared errors of each part, `(blocks, parts)`.
         sizes: number of entries of each block.
+        whole: whether the samples are those of g + r.
     """
 
     products: _Array
     noise: _Array
     sizes: NDArray[np.int_]
+    whole: bool
 
     @property
     def squares(self) -> _Array:
@@ -345,7 +363,7 @@ class _Sums:
         return weights
 
     def noise_of(self, weights: _Array) -> _Array:
-        """The squared error of r̂ in each block."""
+        """The squared error of the samples' mean in each block."""
         noise: _Array = (weights**2 * self.noise.T[1:]).sum(axis=0)
         return noise
 
@@ -367,8 +385,9 @@ class _Sums:
             telling: whether a block has enough entries to tell of itself.
         """
         squares, noise = self.squares, self.noise_of(weights)
-        column = np.concatenate([-slope[None], weights])
-        distance = np.einsum("kb,kbl,lb->b", column, self.products, column)
+        quiet = self.whole * self.noise.T[0]
+        column = np.concatenate([-(slope + self.whole)[None], weights])
+        distance = np.einsum("kb,kbl,lb->b", column, self.products, column) - quiet
         known = self.known
         scale = np.where(known, squares, 1)
         relative = (distance - noise) / scale
@@ -379,10 +398,18 @@ class _Sums:
         drawn, doubt_of_drawn = random_effects(own, variance)
         # What the other blocks are like is no proof where a block itself tells nothing.
         allowed = np.where(seen, np.maximum(own + np.sqrt(variance), 0), 0)
-        left = np.maximum(drawn, np.minimum(allowed, _LIKELY)) * squares
+        left = np.maximum(drawn, np.minimum(allowed, _LIKELY))
+        # Nor that there is little, where a block itself tells of much: what it tells less
+        # its standard error, or less than that where that is small beside g.
+        error = np.sqrt(np.where(np.isfinite(variance), variance, 0))
+        sure = own - error * error / (error + 2)
+        left = np.maximum(left, np.where(telling, sure, 0))
         most = np.maximum(drawn + doubt_of_drawn, np.minimum(allowed, _POSSIBLE))
-        total = left + noise
-        kept = np.where(total > 0, left / np.where(total > 0, total, 1), 1.0)
+        most = np.maximum(most, left)
+        # Of a mean of the whole, ĝ is the other estimate, with its own noise.
+        believed = left * squares + quiet
+        total = believed + noise
+        kept = np.where(total > 0, believed / np.where(total > 0, total, 1), 1.0)
         # Blocks without noise, or without g to compare with, are as the samples say.
         kept = np.where(seen, kept, 1.0)
         return _Adjusted(slope, slope_error, kept, (1 - kept) ** 2 * most)
@@ -398,7 +425,7 @@ def _slopes(
     own = np.zeros(weights.shape[1])
     spread, degrees = np.zeros_like(own), 0
     for part, weight in zip(noisy, weights, strict=True):
-        own += weight * part.slopes.mean(axis=0)
+        own += weight * (part.slopes.mean(axis=0) - part.whole)
         spread += weight**2 * part.slopes.var(axis=0, ddof=1) / part.count
         degrees += part.count - 1
     # Were all entries independent, the slope would have their variance over `‖g‖²`.
