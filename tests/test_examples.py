@@ -101,11 +101,7 @@ def test_demo_draws_a_picture(demo):
     assert image.imread(demo[0] / "demo.png").std() > 0.05
 
 
-@pytest.mark.parametrize(
-    # Each a process of its own, that any worker may start.
-    "name",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FINDINGS],
-)
+@pytest.mark.parametrize("name", FINDINGS)
 def test_example_finds_what_it_says_and_draws_it(name, tmp_path):
     from matplotlib import image
 
