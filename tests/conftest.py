@@ -23,7 +23,6 @@ if keras.backend.backend() != "tensorflow":
         "test_api_reference.py",
         "test_architecture.py",
         "test_docs.py",
-        "test_examples.py",
         "test_package.py",
         "test_pictures.py",
         "test_plots.py",
@@ -33,6 +32,9 @@ if keras.backend.backend() != "tensorflow":
         "test_spectrum.py",
         "test_table.py",
     ]
+if keras.backend.backend() == "jax":
+    # Some run on TensorFlow, the others on PyTorch.
+    collect_ignore += ["test_examples.py"]
 
 # More CPU devices than one, to test placement and distribution without an accelerator.
 # The frameworks take these settings only before their first operation.
