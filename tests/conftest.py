@@ -32,9 +32,6 @@ if keras.backend.backend() != "tensorflow":
         "test_spectrum.py",
         "test_table.py",
     ]
-if keras.backend.backend() == "jax":
-    # Some run on TensorFlow, the others on PyTorch.
-    collect_ignore += ["test_examples.py"]
 
 # More CPU devices than one, to test placement and distribution without an accelerator.
 # The frameworks take these settings only before their first operation.

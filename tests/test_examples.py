@@ -107,7 +107,8 @@ def test_demo_draws_a_picture(demo):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in FINDINGS if (BACKEND == "torch") == (n in ON_TORCH)]
+    "name",
+    [n for n in FINDINGS if BACKEND == ("torch" if n in ON_TORCH else "tensorflow")],
 )
 def test_example_finds_what_it_says_and_draws_it(
     name, tmp_path, monkeypatch, capsys, recwarn
@@ -120,8 +121,11 @@ def test_example_finds_what_it_says_and_draws_it(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     output = capsys.readouterr().out
-    shown = [w for w in recwarn if w.category in (UserWarning, RuntimeWarning)]
-    assert [str(w.message) for w in shown] == []
+    shown = [
+        str(w.message) for w in recwarn if w.category in (UserWarning, RuntimeWarning)
+    ]
+    # How long a probe takes beside a step is a matter of what else the machine does.
+    assert [m for m in shown if not m.startswith("Probing the curvature takes")] == []
     assert re.search(FINDINGS[name], output), output
     assert "nan" not in output
     assert max(map(len, output.splitlines())) <= 90 + len(str(ROOT))
