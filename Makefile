@@ -44,7 +44,7 @@ test: $(STAMP)
 	set -e; for backend in $(BACKENDS); do \
 		echo "KERAS_BACKEND=$$backend"; \
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
-			$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup; \
+			$(BIN)/python -m pytest --numprocesses 2 --dist loadscope; \
 	done
 
 test-accelerator: $(STAMP)

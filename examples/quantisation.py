@@ -80,7 +80,7 @@ def measured_increase(operator, i, bits):
     weights = kernel.numpy()
     below, distance = grid(weights, bits)
     loss, gradient = operator.value_and_gradient()
-    slope = operator.split(gradient)[i]
+    slope = keras.ops.convert_to_numpy(operator.split(gradient)[i])
     generator = np.random.default_rng(0)
     increases = []
     for _ in range(ROUNDINGS):

@@ -23,7 +23,6 @@ if keras.backend.backend() != "tensorflow":
         "test_api_reference.py",
         "test_architecture.py",
         "test_docs.py",
-        "test_examples.py",
         "test_package.py",
         "test_pictures.py",
         "test_plots.py",
@@ -70,17 +69,20 @@ elif keras.backend.backend() == "jax":
 gc.set_threshold(200_000, 20, 100)
 
 
-def pytest_collection_modifyitems(items):
-    """What shares something expensive runs in one process (`--dist loadgroup`).
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares something expensive runs in one process, if there are several."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Tests of one of the named cases share what is compiled of it, those of one file
-    its fixtures.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-            group = name if name in cases.CASES else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
+    class Sharing(LoadScopeScheduling):
+        """Tests of a named case share what is compiled of it, a file's its fixtures."""
+
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            values = test.partition("[")[2].removesuffix("]").split("-")
+            return next((v for v in values if v in cases.CASES), file)
+
+    return Sharing(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The diagonal in axes of the variables, against the dense Hessian turned."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -55,6 +57,13 @@ def _operator(name):
     )
 
 
+@functools.cache
+def _probed(name):
+    """An operator and its dense Hessian, for axes of both kinds."""
+    operator = _operator(name)
+    return operator, operator.to_dense()
+
+
 def _random_axes(operator, one_sided):
     """Axes at random for what an optimizer would turn; and the matrix of all."""
     rng = np.random.default_rng(1)
@@ -84,9 +93,9 @@ def _random_axes(operator, one_sided):
 @pytest.mark.parametrize("one_sided", [False, True], ids=["both", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_against_the_dense_hessian(name, one_sided, float64):
-    operator = _operator(name)
+    operator, dense = _probed(name)
     axes, q = _random_axes(operator, one_sided)
-    truth = np.diag(q.T @ operator.to_dense() @ q)
+    truth = np.diag(q.T @ dense @ q)
     exact = kc.hessian_diagonal(
         operator, method="exact", axes=axes, max_matvecs=1000
     ).value
@@ -105,7 +114,7 @@ def test_against_the_dense_hessian(name, one_sided, float64):
 
 def test_the_short_way_is_the_long_way(float64, monkeypatch):
     """Factors that are turned, and contributions of samples that are."""
-    operator = _operator("attention")
+    operator = _probed("attention")[0]
     axes, _ = _random_axes(operator, False)
 
     def taken():

@@ -1,5 +1,7 @@
 """Eigenvalues, density, norm and trace of real models, against the dense Hessian."""
 
+import functools
+
 import cases
 import keras
 import numpy as np
@@ -114,19 +116,23 @@ FIGURES = {
 }
 
 
+@functools.cache
+def from_arrays(figure):
+    """A figure from the samples at once, and what it was taken of."""
+    model, x, y, *_ = cases.mlp_relu()
+    return FIGURES[figure](model, x, y, verbose=False), model, x, y
+
+
 @pytest.mark.parametrize("kind", ["dataset", "py_dataset"])
 @pytest.mark.parametrize("figure", FIGURES)
 def test_whole_data_sets(figure, kind, capsys):
     """The same figures as from arrays, and a bar that tells the time left."""
-    model, x, y, *_ = cases.mlp_relu()
+    expected, model, x, y = from_arrays(figure)
     data = Batches(x, y)
     if kind == "dataset":
         tf = pytest.importorskip("tensorflow")
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
-    function = FIGURES[figure]
-    expected = function(model, x, y, verbose=False)
     capsys.readouterr()
-    np.testing.assert_allclose(
-        function(model, data, verbose=True), expected, rtol=1e-6, atol=1e-9
-    )
+    found = FIGURES[figure](model, data, verbose=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     assert capsys.readouterr().out

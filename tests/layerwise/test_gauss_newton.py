@@ -201,7 +201,7 @@ def test_equals_the_dense_matrix(name, float64):
     assert_close(gn.compute()[0], expected, rtol=1e-10)
     assert np.all(expected >= 0)
     draw = diagonals.drawing(gn.samples)
-    samples = np.concatenate([draw(0, i, 1) for i in range(128)], axis=1)
+    samples = np.concatenate([draw(0, i, 4) for i in range(0, 128, 4)], axis=1)
     assert samples.min() >= 0
     assert_unbiased(samples, expected)
 

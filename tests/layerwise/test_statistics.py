@@ -137,7 +137,6 @@ def test_all_parts_together_are_the_diagonal(make):
     _, op, expected = probed(make)
     structure = diagonals.structure(op)
     assert structure.statistics and not structure.samples_interact
-    assert_close(diagonals.by_way(op, "parameters"), expected)
     names = structure.loss.layout.names
     covered = [i in structure.uses_of for i in range(len(names))]
     assert np.mean(covered) > 0.8
@@ -145,6 +144,12 @@ def test_all_parts_together_are_the_diagonal(make):
     plan = Plan(dict(zip(names, ways, strict=True)), 0)
     exact = ExactDiagonal(op.evaluation).compute(plan)
     assert_close(np.asarray(exact), expected)
+
+
+def test_the_parameter_basis_has_the_statistics_inside():
+    """With its layers closed, one network is like another."""
+    _, op, expected = probed(in_sequence)
+    assert_close(diagonals.by_way(op, "parameters"), expected)
 
 
 @pytest.mark.parametrize("make", NETWORKS)

@@ -29,7 +29,7 @@ def test_unbiased(name, float64):
     _, op, expected = probed(name)
     assert diagonals.structure(op).samples_interact == (name == "add_loss")
     if name != "add_loss":
-        assert_unbiased(samples_of(op, 256, width=1), expected)
+        assert_unbiased(samples_of(op, 256), expected)
 
 
 def test_a_sample_depends_on_seed_and_index_alone(float64):
