@@ -108,7 +108,7 @@ class SplitMoments:
             spent = min(2 * spent, budget)
 
     def kinds(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
-        """The kinds of samples of the second part, or of the whole: the quietest.
+        """The kinds of samples of the second part, or of the whole, the quietest first.
 
         Found out once, by two samples of each, so that it is the same in every probe.
 
@@ -152,7 +152,8 @@ class SplitMoments:
                 risks.append(
                     of_quiet.sum() + (_risk(of_mean, size) if shrink else of_mean.sum())
                 )
-        return choices[int(np.argmin(risks))]
+        best = choices[int(np.argmin(risks))]
+        return tuple(sorted(best, key=lambda kind: float(noise[kind].sum())))
 
     def _by_block(self, x: Tensor, y: Tensor | None = None) -> _Array:
         """Sums of squares by variable, or of products."""
@@ -242,9 +243,10 @@ class _Plan:
             passes = 2 * (budget - count)
         else:
             count, passes = budget // 2, budget
-        if count <= 1:
+        if count < 2 * len(kinds):
+            # An error takes two of a kind.
             return cls(passes, (count,) + (0,) * (len(kinds) - 1))
-        by_kind = (max(2, (count + k) // len(kinds)) for k in range(len(kinds)))
+        by_kind = ((count + k) // len(kinds) for k in range(len(kinds)))
         return cls(passes, tuple(by_kind))
 
 

@@ -399,8 +399,8 @@ class _Sums:
         # What the other blocks are like is no proof where a block itself tells nothing.
         allowed = np.where(seen, np.maximum(own + np.sqrt(variance), 0), 0)
         left = np.maximum(drawn, np.minimum(allowed, _LIKELY))
-        # Nor that there is little, where a block itself tells of much: what it tells less
-        # its standard error, or less than that where that is small beside g.
+        # Nor that there is little, where a block itself tells of much. Its error counts
+        # against that, the less the smaller it is beside g.
         error = np.sqrt(np.where(np.isfinite(variance), variance, 0))
         sure = own - error * error / (error + 2)
         left = np.maximum(left, np.where(telling, sure, 0))
