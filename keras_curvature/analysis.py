@@ -68,8 +68,9 @@ def hessian_diagonal(
     the diagonal, by squared gradients, and the rest by random signs. The rest is small
     and noisy: `"shrunk"` believes it as far as its samples agree, see
     `keras_curvature.estimators.shrinkage`, and counts what that leaves out in the
-    standard error, which is that of the distance from the truth then. Both need a loss
-    that is convex in the model's outputs, such as a squared error or a cross-entropy.
+    standard error, which is that of the distance from the truth then. Where the parts
+    cancel it takes samples of both together. Both methods need a loss that is convex in
+    the model's outputs, such as a squared error or a cross-entropy.
 
     `"layerwise"` is Curvature Propagation (Martens, Sutskever, Swersky 2012) as one
     Hessian-vector product per sample; a single one is often better than a hundred of
@@ -85,7 +86,8 @@ def hessian_diagonal(
             than `num_matvecs` allows, or 64 without it; else shrunk, or layerwise
             where the parts cannot be told from each other.
         num_matvecs: number of samples of the random methods; for `"shrunk"` and
-            `"split"` half of them go into the rest, and twice as many backward passes
+            `"split"` half of them go into the rest (seven eighths into both parts
+            together where `"shrunk"` samples those), and twice as many backward passes
             as are left into the Gauss–Newton part. Defaults to 8, to 32 for
             `"hutchinson"`, and to an exact result for `"gauss_newton"`.
         tolerance: relative standard error `‖errors‖ / ‖diagonal‖` at which to stop.
