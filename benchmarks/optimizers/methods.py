@@ -63,6 +63,8 @@ METHODS = {
     ),
     "Lion": Method(lambda: keras.optimizers.Lion(weight_decay=0.004), 0.001),
     "Muon": Method(lambda: keras.optimizers.Muon(weight_decay=0.004), 0.01),
+    "NorMuon": Method(lambda: references.NorMuon(weight_decay=0.004), 0.01),
+    "SOAP": Method(lambda: references.SOAP(weight_decay=0.004), 0.01),
     "AdaHessian": _ADAHESSIAN["layerwise"],
     "AdaHessian, Hutchinson": _ADAHESSIAN["Hutchinson"],
     "Sophia": _SOPHIA["layerwise"],

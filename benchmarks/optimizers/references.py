@@ -1,11 +1,14 @@
-"""AdaHessian's and Sophia's update rules, as their code has them.
+"""Update rules of others, written from their papers.
 
-Both take the Hessian's diagonal as `DiagonalNewton` does, so that a rule can be told
-from the estimator that feeds it.
+AdaHessian and Sophia take the Hessian's diagonal as `DiagonalNewton` does, so that a
+rule can be told from the estimator that feeds it. SOAP takes a variable for a matrix as
+`DiagonalNewton(axes="layer")` does, so that a rule can be told from its axes.
 """
 
 import keras
 from keras import ops
+
+from keras_curvature.optimizers import layer_axes
 
 
 class _WithCurvature(keras.optimizers.Optimizer):
@@ -95,3 +98,121 @@ class Sophia(_WithCurvature):
         curvature = ops.maximum(self.gamma * self._curvatures[index], 1e-12)
         direction = ops.clip(momentum / curvature, -1, 1)
         self.assign_sub(variable, learning_rate * direction)
+
+
+class SOAP(keras.optimizers.Optimizer):
+    """Adam in the eigenvectors of averages of `G Gᵀ` and `Gᵀ G`.
+
+    Vyas et al. 2024, arXiv 2409.11321, Algorithm 3: the average of gradients stays in
+    the variable's own entries, that of squares in the axes. Axes are eigenvectors at
+    the first step, which moves nothing, and follow by `Q ← QR(L Q)` every ten steps.
+    Decays are those of the authors' code; vectors step as Adam does.
+
+    Args:
+        beta: decay of all averages.
+        refresh: steps between two renewals of the axes.
+    """
+
+    def __init__(self, learning_rate=3e-3, beta=0.95, refresh=10, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.beta, self.refresh = beta, refresh
+
+    def build(self, variables):
+        """Averages for each variable, and for each side that is turned."""
+        if self.built:
+            return
+        super().build(variables)
+        self._momentums, self._squares = self.add_optimizer_variables(
+            variables, ["momentum", "square"]
+        )
+        self._sides = [layer_axes.sides_of(v.shape) for v in variables]
+        self._moments, self._axes = [], []
+        for sides in self._sides:
+            sizes = [size for _, size in layer_axes.turned_sizes(sides)]
+            for slots, start in ((self._moments, "zeros"), (self._axes, "identity")):
+                slots.append(
+                    [
+                        self.add_variable((n, n), start, "float32", name="axes")
+                        for n in sizes
+                    ]
+                )
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Moves one variable, and renews its axes."""
+        i = self._get_variable_index(variable)
+        sides, momentum, square = self._sides[i], self._momentums[i], self._squares[i]
+        axes = [ops.convert_to_tensor(q) for q in self._axes[i]]
+
+        def turned(x):
+            return x if sides is None else layer_axes.turned(x, sides, axes)
+
+        begun = ops.cast(self.iterations > 0, gradient.dtype)
+        rate = (1 - self.beta) * begun
+        self.assign_add(momentum, rate * (gradient - momentum))
+        self.assign_add(square, rate * (ops.square(turned(gradient)) - square))
+        known = 1 - ops.power(self.beta, ops.cast(self.iterations, gradient.dtype))
+        known = ops.where(begun > 0, known, 1)
+        step = turned(momentum / known) / (ops.sqrt(square / known) + 1e-8)
+        if sides is not None:
+            step = layer_axes.turned_back(step, sides, axes)
+            self._renew(gradient, i)
+        self.assign_sub(variable, learning_rate * begun * step)
+
+    def _renew(self, gradient, i):
+        new = layer_axes.moments(gradient, self._sides[i])
+        slots = zip(self._moments[i], self._axes[i], new, strict=True)
+        for moment, axes, outer in slots:
+            self.assign_add(moment, (1 - self.beta) * (outer - moment))
+            now = [ops.convert_to_tensor(x) for x in (moment, axes)]
+            self.assign(axes, self._followed(*now))
+
+    def _followed(self, moment, axes):
+        return ops.cond(
+            ops.equal(self.iterations, 0),
+            lambda: ops.flip(ops.linalg.eigh(moment)[1], axis=1),
+            lambda: ops.cond(
+                ops.equal(self.iterations % self.refresh, 0),
+                lambda: ops.qr(ops.matmul(moment, axes))[0],
+                lambda: axes,
+            ),
+        )
+
+
+class NorMuon(keras.optimizers.Muon):
+    """Muon, whose step has the same size for each unit of a layer on average.
+
+    Li et al. 2025, arXiv 2510.05491, Algorithm 1: the orthogonal matrix is divided by
+    the root of a running mean of its squares by unit, and scaled to a root mean square
+    of 0.2. A unit is a column of a kernel here.
+
+    Args:
+        beta: decay of the running mean.
+    """
+
+    def __init__(self, *args, beta=0.95, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beta = beta
+
+    def build(self, variables):
+        """A mean for each unit beside Muon's averages."""
+        if self.built:
+            return
+        super().build(variables)
+        self._by_unit = {
+            self._get_variable_index(v): self.add_variable(
+                (v.shape[1],), "zeros", v.dtype, name="by_unit"
+            )
+            for v in variables
+            if not self._should_use_adamw(v)
+        }
+
+    def _muon_update_step(self, gradient, variable, lr, m):
+        self.assign_add(m, gradient + m * (self.momentum - 1))
+        moved = gradient + self.momentum * m if self.nesterov else m
+        matrix = self.zeropower_via_newtonschulz5(moved, self.ns_steps)
+        mean = self._by_unit[self._get_variable_index(variable)]
+        now = ops.mean(ops.square(matrix), axis=0)
+        self.assign_add(mean, (1 - self.beta) * (now - mean))
+        matrix = matrix / (ops.sqrt(mean) + 1e-8)
+        size = ops.sqrt(ops.mean(ops.square(matrix)))
+        self.assign_sub(variable, lr * self.rms_rate * matrix / (size + 1e-8))

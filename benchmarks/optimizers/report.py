@@ -181,8 +181,9 @@ def tables(figures):
 def variants():
     """The best of each variant's three learning rates, over the best of Adam's."""
     results = load(VARIANTS)
-    lines = ["| variant | " + " | ".join(TASKS) + " |"]
-    lines.append("|---|" + "---|" * len(TASKS))
+    looked_at = [task for task in TASKS if task in results["Adam"]]
+    lines = ["| variant | " + " | ".join(looked_at) + " |"]
+    lines.append("|---|" + "---|" * len(looked_at))
     best = {
         name: {
             task: min(math.inf if x is None else x for x in losses.values())
@@ -193,7 +194,7 @@ def variants():
     for name, losses in best.items():
         cells = [
             f"{losses[task] / best['Adam'][task]:.3f}" if task in losses else ""
-            for task in TASKS
+            for task in looked_at
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -202,11 +203,10 @@ def variants():
 def write():
     """Puts the tables between their marks in docs/optimizer.md; draws the pictures."""
     all_results = {task: load(task) for task in TASKS}
-    figures = {
-        task: summary(task, results)
-        for task, results in all_results.items()
-        if BASELINE in results
+    all_results = {
+        task: found for task, found in all_results.items() if BASELINE in found
     }
+    figures = {task: summary(task, results) for task, results in all_results.items()}
     begin, end = "<!-- tables -->", "<!-- end of tables -->"
     page = PAGE.read_text()
     before, rest = page.split(begin)
@@ -221,15 +221,20 @@ def write():
     draw_rates(all_results, IMAGES / "optimizer_learning_rates.png")
 
 
-def _panels(path):
+def _panels(tasks, path):
     """An axis for each task, in a picture that is saved when all are drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
-    for axis, task in zip(axes.flat, TASKS, strict=True):
+    rows = math.ceil(len(tasks) / 4)
+    figure, axes = pyplot.subplots(
+        rows, 4, figsize=(13, 3 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    for axis, task in zip(axes.flat, tasks, strict=False):
         axis.set_title(TASKS[task].title, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -248,7 +253,7 @@ def _style(name):
 
 def draw_curves(all_results, key, path):
     """Held-out loss against steps or seconds, median of the seeds."""
-    for axis, task in _panels(path):
+    for axis, task in _panels(all_results, path):
         results = all_results[task]
         lowest = math.inf
         for name in DRAWN:
@@ -270,7 +275,7 @@ def draw_curves(all_results, key, path):
 
 def draw_rates(all_results, path):
     """Held-out loss of the tuning trials against the learning rate."""
-    for axis, task in _panels(path):
+    for axis, task in _panels(all_results, path):
         results = all_results[task]
         lowest = math.inf
         for name in DRAWN:

@@ -1,4 +1,4 @@
-"""Eight small trainings on real data, each with a fixed budget and held-out data.
+"""Small trainings, most on real data, each with a fixed budget and held-out data.
 
 Small enough that a run takes a few seconds on one core: the point is not the loss that
 is reached but which rule gets there first.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 from sklearn import datasets
 
 TEXT = (
@@ -202,6 +202,161 @@ def _factorisation():
     return keras.Model(inputs, layers.Dot(1)([u, v]) + a + b)
 
 
+def _three_words(vocabulary=1000):
+    """Two words of the text, and the next one. A few words are most of all answers."""
+    words = "".join(c if c.isalpha() else " " for c in _text().lower()).split()
+    names, counts = np.unique(words, return_counts=True)
+    kept = names[np.argsort(-counts, kind="stable")[:vocabulary]]
+    number = {name: i for i, name in enumerate(kept)}
+    numbers = np.array([number.get(word, -1) for word in words], "int32")
+    triples = np.stack([numbers[:-2], numbers[1:-1], numbers[2:]], 1)
+    triples = triples[np.all(triples >= 0, axis=1)]
+    return _split(triples[:, :2], triples[:, 2], 4096)
+
+
+def _next_word():
+    return keras.Sequential(
+        [
+            keras.Input((2,), dtype="int32"),
+            layers.Embedding(1000, 24),
+            layers.Flatten(),
+            layers.Dense(64, "tanh"),
+            layers.Dense(1000),
+        ]
+    )
+
+
+# A differential equation: −Δu = f in a square, u = 0 on its boundary
+
+
+@keras.saving.register_keras_serializable(package="benchmarks")
+class _WithDerivatives(layers.Layer):
+    """A dense layer of `(u, u_x, u_y, Δu)` along the second axis, with tanh or not.
+
+    Derivatives by the coordinates go forward with the values, so that the loss is an
+    ordinary function of the weights.
+    """
+
+    def __init__(self, units, activation=True, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(units, use_bias=False)
+        self.activation = activation
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.bias = self.add_weight((self.dense.units,), "zeros", name="bias")
+
+    def call(self, x):
+        z = self.dense(x)
+        value, first, laplacian = z[:, :1] + self.bias, z[:, 1:3], z[:, 3:]
+        if self.activation:
+            value = ops.tanh(value)
+            slope = 1 - ops.square(value)
+            squares = ops.sum(ops.square(first), axis=1, keepdims=True)
+            laplacian = slope * laplacian - 2 * value * slope * squares
+            first = slope * first
+        return ops.concatenate([value, first, laplacian], axis=1)
+
+
+def _poisson_network():
+    """The residual inside, ten times the value on the boundary: both shall be zero."""
+    inputs = keras.Input((4,))  # Coordinates, f, and 1 on the boundary.
+    point, f, boundary = inputs[:, :2], inputs[:, 2:3], inputs[:, 3:]
+    one, zero = ops.ones_like(f), ops.zeros_like(f)
+    along = [ops.concatenate(pair, axis=1) for pair in ((one, zero), (zero, one))]
+    x = ops.stack([point, *along, ops.zeros_like(point)], axis=1)
+    for _ in range(3):
+        x = _WithDerivatives(32)(x)
+    x = _WithDerivatives(1, activation=False)(x)
+    value, laplacian = x[:, 0], x[:, 3]
+    return keras.Model(inputs, boundary * 10 * value + (1 - boundary) * (laplacian + f))
+
+
+def _poisson(count=4000, held_out=1000):
+    """Random points of the square, a fifth of them on its boundary."""
+    rng = np.random.default_rng(0)
+    points = rng.random((count + held_out, 2))
+    boundary = rng.random(len(points)) < 0.2
+    side = rng.integers(2, size=len(points))
+    points[boundary, side[boundary]] = rng.integers(2, size=boundary.sum())
+    # u = sin(πx) sin(2πy)
+    f = 5 * np.pi**2 * np.sin(np.pi * points[:, 0]) * np.sin(2 * np.pi * points[:, 1])
+    x = np.column_stack([points, np.where(boundary, 0, f), boundary]).astype("float32")
+    y = np.zeros((len(x), 1), "float32")
+    return x[held_out:], y[held_out:], x[:held_out], y[:held_out]
+
+
+# The value of the states of a pendulum under a simple rule
+
+
+def _pendulum(count=6000, held_out=1500):
+    """States, the next states, and rewards of a pendulum that is swung up by hand."""
+    rng = np.random.default_rng(0)
+    angle, speed = rng.uniform(-np.pi, np.pi, 200), rng.uniform(-4, 4, 200)
+    rows, rewards = [], []
+    while len(rows) * 200 < count + held_out:
+        now = np.stack([np.cos(angle), np.sin(angle), speed / 4], 1)
+        # Energy is pumped in, with noise: torque along the motion.
+        torque = 2 * np.sign(speed) * (np.cos(angle) < 0.9) + rng.normal(0, 0.5, 200)
+        rewards.append(-(angle**2) - 0.1 * speed**2 - 0.001 * torque**2)
+        speed = np.clip(speed + 0.05 * (15 * np.sin(angle) + 3 * torque), -8, 8)
+        angle = (angle + 0.05 * speed + np.pi) % (2 * np.pi) - np.pi
+        after = np.stack([np.cos(angle), np.sin(angle), speed / 4], 1)
+        rows.append(np.concatenate([now, after], 1))
+    x = np.concatenate(rows).astype("float32")
+    y = 0.1 * np.concatenate(rewards).astype("float32")[:, None]
+    return _split(x, y, held_out)
+
+
+def _value_network():
+    """Difference of the values now and after, which is the reward: `V − 0.95 V'`.
+
+    The value after is a target and not differentiated.
+    """
+    inputs = keras.Input((6,))
+    value = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(64, "relu"),
+            layers.Dense(64, "relu"),
+            layers.Dense(1),
+        ]
+    )
+    target = ops.stop_gradient(value(inputs[:, 3:]))
+    return keras.Model(inputs, value(inputs[:, :3]) - 0.95 * target)
+
+
+# Minutes and not seconds: images with BatchNormalization
+
+
+def _large_digits():
+    """The digits, four times as large on each side."""
+    x, y, x_held_out, y_held_out = _digits((8, 8, 1))
+    large = [ops.image.resize(images, (32, 32)) for images in (x, x_held_out)]
+    x, x_held_out = (ops.convert_to_numpy(images) for images in large)
+    return x, y, x_held_out, y_held_out
+
+
+def _residual_network(widths=(16, 32, 64)):
+    """Three stages of two blocks each, as ResNets have them."""
+    inputs = keras.Input((32, 32, 1))
+
+    def normalized(x, width, strides=1):
+        x = layers.Conv2D(width, 3, strides, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    x = layers.ReLU()(normalized(inputs, widths[0]))
+    for width in widths:
+        for block in range(2):
+            strides = 2 if block == 0 and width != widths[0] else 1
+            z = layers.ReLU()(normalized(x, width, strides))
+            z = normalized(z, width)
+            if strides > 1:
+                x = layers.Conv2D(width, 1, strides, use_bias=False)(x)
+            x = layers.ReLU()(x + z)
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
 # Linear models
 
 
@@ -279,5 +434,25 @@ TASKS = {
     ),
     "factorisation": Task(
         "word-pair factorisation", _factorisation, _SQUARES, _pairs, 512, 800
+    ),
+    "full_batch": Task(
+        "deep autoencoder, full batch", _autoencoder, _BINARY, _images, 1400, 400
+    ),
+    "next_word": Task(
+        "next word, Zipf's law", _next_word, _CLASSES, _three_words, 128, 800
+    ),
+    "poisson": Task(
+        "Poisson equation", _poisson_network, _SQUARES, _poisson, 256, 1000
+    ),
+    "value": Task(
+        "values of a pendulum", _value_network, _SQUARES, _pendulum, 128, 800
+    ),
+    "residual": Task(
+        "residual network, BatchNormalization",
+        _residual_network,
+        _CLASSES,
+        _large_digits,
+        64,
+        400,
     ),
 }

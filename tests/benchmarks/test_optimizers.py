@@ -4,6 +4,8 @@ import math
 import pathlib
 import sys
 
+import cases
+import keras
 import numpy as np
 import pytest
 import scripts
@@ -74,11 +76,98 @@ def test_sophia_by_hand():
     np.testing.assert_allclose(end, [1 - 0.1 * 0.08 / 5, 1.1], 1e-6)
 
 
+def test_soap_by_hand():
+    """Adam in the eigenvectors of both sides; the first step only finds them."""
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((3, 4, 3)).astype("float32")
+    variable = tf.Variable(np.zeros((4, 3), "float32"))
+    optimizer = references.SOAP(0.1)
+    optimizer.build([variable])
+    moments = [np.zeros((n, n)) for n in (4, 3)]
+    momentum, square, weights = np.zeros((4, 3)), np.zeros((4, 3)), np.zeros((4, 3))
+    left = right = None
+    for step, g in enumerate(gradients.astype("float64")):
+        optimizer.apply([tf.constant(g, "float32")], [variable])
+        if step:
+            momentum += 0.05 * (g - momentum)
+            square += 0.05 * ((left.T @ g @ right) ** 2 - square)
+            known = 1 - 0.95**step
+            turned = left.T @ momentum @ right / known
+            move = turned / (np.sqrt(square / known) + 1e-8)
+            weights -= 0.1 * left @ move @ right.T
+        for moment, outer in zip(moments, (g @ g.T, g.T @ g), strict=True):
+            moment += 0.05 * (outer - moment)
+        if not step:
+            left, right = (np.linalg.eigh(moment)[1] for moment in moments)
+        np.testing.assert_allclose(variable.numpy(), weights, atol=2e-5)
+
+
+def test_soap_follows_the_axes():
+    rng = np.random.default_rng(0)
+    factor = rng.standard_normal((5, 5)) * np.array([8, 4, 2, 1, 0.5])
+    variable = tf.Variable(np.zeros((5, 6), "float32"))
+    optimizer = references.SOAP(0.0)
+    optimizer.build([variable])
+    for _ in range(400):
+        g = factor @ rng.standard_normal((5, 6))
+        optimizer.apply([tf.constant(g, "float32")], [variable])
+    moment, axes = (
+        slots[0][0].numpy() for slots in (optimizer._moments, optimizer._axes)
+    )
+    turned = axes.T @ moment @ axes
+    off = turned - np.diag(np.diag(turned))
+    assert np.linalg.norm(off) < 0.05 * np.linalg.norm(turned)
+
+
+def test_normuon_moves_all_units_alike():
+    rng = np.random.default_rng(0)
+    gradient = rng.standard_normal((8, 4)).astype("float32") * [1, 10, 0.1, 1]
+    variable = tf.Variable(np.zeros((8, 4), "float32"), name="kernel")
+    optimizer = references.NorMuon(0.1, weight_decay=None)
+    variable = keras.Variable(np.zeros((8, 4), "float32"), name="kernel")
+    optimizer.build([variable])
+    optimizer.apply([tf.constant(gradient, "float32")], [variable])
+    sizes = np.sqrt(np.mean(variable.numpy() ** 2, axis=0))
+    np.testing.assert_allclose(sizes, 0.1 * 0.2, rtol=1e-4)
+
+
 def test_steps_to_a_target():
     run = {"steps": [10, 20, 30], "held_out": [3.0, 2.0, 1.0]}
     assert report.steps_to({"runs": [run]}, 1.5) == 25
     assert report.steps_to({"runs": [run]}, 3.5) == 10
     assert report.steps_to({"runs": [run]}, 0.5) == math.inf
+
+
+@pytest.mark.parametrize("name", ["full_batch", "poisson", "value", "residual"])
+def test_tasks_have_data_and_a_gradient(name):
+    task = TASKS[name]
+    x, y, x_held_out, y_held_out = task.data()
+    assert len(x) == len(y) >= task.batch and len(x_held_out) == len(y_held_out) > 300
+    model = task.build()
+    with tf.GradientTape() as tape:
+        loss = task.loss(y[:8], model(x[:8], training=True))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    assert np.isfinite(loss) and all(np.any(g) for g in gradients)
+
+
+def test_residual_of_the_differential_equation():
+    """The Laplacian that goes forward is that of differences of the values."""
+    with cases.floatx("float64"):
+        model = TASKS["poisson"].build()
+        points = np.array([[0.3, 0.6], [0.8, 0.1]])
+
+        def outputs(points, f, boundary):
+            rows = [[*point, f, boundary] for point in points]
+            return model(np.array(rows)).numpy()[:, 0]
+
+        def value(points):
+            return outputs(points, 0, 1) / 10
+
+        step, laplacian = 1e-3, -4 * value(points)
+        for move in np.concatenate([np.eye(2), -np.eye(2)]):
+            laplacian = laplacian + value(points + step * move)
+        found = outputs(points, 7, 0) - 7
+        np.testing.assert_allclose(found, laplacian / step**2, rtol=1e-4)
 
 
 def test_runs_depend_on_the_seed_alone():
