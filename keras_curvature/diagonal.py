@@ -213,15 +213,11 @@ def diagonal_moments(
         )
         return _told(moments, operator, _SAMPLED)
     if method in ("shrunk", "split"):
-        split = _split(operator)
+        split, shrink = _split(operator), method == "shrunk"
+        kinds = split.kinds(operator, shrink)
         budget = estimators.check_budget(num_matvecs, tolerance) if sampled else samples
-        moments = split.moments(
-            operator, budget, tolerance, seed, method == "shrunk", progress
-        )
-        rest = " and ".join(
-            f"sampled along {_PLACES[kind]}"
-            for kind in split.kinds(operator, method == "shrunk")
-        )
+        moments = split.moments(operator, budget, tolerance, seed, shrink, progress)
+        rest = " and ".join(f"sampled along {_PLACES[kind]}" for kind in kinds)
         return _told(moments, operator, f"Gauss-Newton part, and the rest {rest}")
     if method == "gauss_newton":
         gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)

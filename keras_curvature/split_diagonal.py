@@ -32,6 +32,10 @@ _GAUSS_NEWTON, _REST, _CHOICE = 5, 6, 7
 #: Samples that kinds are chosen by, and the budget that is planned for.
 _TRIED, _PLANNED = 2, 8
 
+#: Kinds are chosen anew when the noise of a sample, over the first part, is this many
+#: times what it was, or less by as much: a network that was wrong may have learned.
+_CHANGED = 4
+
 #: The rest is thought to be at least this share of `‖g‖²`, where kinds are chosen:
 #: noise beyond its size is shrunk anyway.
 _SHARE = 0.05
@@ -53,6 +57,7 @@ class SplitMoments:
         self.possible = self.parts.possible
         self._sizes = tuple(evaluation.loss.layout.sizes)
         self._kinds: dict[bool, tuple[str, ...]] = {}
+        self._noise: dict[bool, float] = {}
 
     def moments(
         self,
@@ -104,13 +109,15 @@ class SplitMoments:
                 quiet, noisy, math.ceil(cost), self._sizes, shrink
             )
             if not going.on or spent >= budget or _precise(found, tolerance):
+                self._look_whether_chosen_still(shrink, quiet, noisy)
                 return found
             spent = min(2 * spent, budget)
 
     def kinds(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
         """The kinds of samples of the second part, or of the whole, the quietest first.
 
-        Found out once, by two samples of each, so that it is the same in every probe.
+        Found out by two samples of each, and kept until the noise is another: so it is
+        the same from probe to probe.
 
         Args:
             operator: that of the evaluation.
@@ -154,6 +161,21 @@ class SplitMoments:
                 )
         best = choices[int(np.argmin(risks))]
         return tuple(sorted(best, key=lambda kind: float(noise[kind].sum())))
+
+    def _look_whether_chosen_still(
+        self, shrink: bool, quiet: estimators.Part, noisy: list[estimators.Part]
+    ) -> None:
+        """Forgets what was chosen if the noise is another by now."""
+        size = self._by_block(quiet.mean).sum()
+        known = [part for part in noisy if part.count > 1]
+        if not known or not size > 0:
+            return
+        noise = sum(part.count * self._by_block(part.error).sum() for part in known)
+        now = float(noise / len(known) / size)
+        then = self._noise.setdefault(shrink, now)
+        if not then / _CHANGED <= now <= then * _CHANGED:
+            self._kinds.pop(shrink, None)
+            del self._noise[shrink]
 
     def _by_block(self, x: Tensor, y: Tensor | None = None) -> _Array:
         """Sums of squares by variable, or of products."""

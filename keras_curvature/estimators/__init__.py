@@ -19,7 +19,7 @@ from keras_curvature.estimators.samples_of_diagonal import (
     sampled_moments,
 )
 from keras_curvature.estimators.sampling import MINIMUM_SAMPLES, check_budget
-from keras_curvature.estimators.shrinkage import PartSamples, exact_part, summed
+from keras_curvature.estimators.shrinkage import Part, PartSamples, exact_part, summed
 from keras_curvature.estimators.spectral_density import (
     SpectralDensity,
     spectral_density,
@@ -33,6 +33,7 @@ __all__ = [
     "Estimate",
     "MINIMUM_SAMPLES",
     "Moments",
+    "Part",
     "PartSamples",
     "Products",
     "SpectralDensity",
