@@ -63,8 +63,8 @@ def test_the_server_loads_the_page_and_no_framework():
         "sorted(m for m in sys.modules if m.startswith('keras_curvature')))"
     )
     page = "keras_curvature.tensorboard"
-    modules = ["", ".plugin", ".plugin.plugin", ".plugin.reading", ".tags"]
-    expected = ["keras_curvature", *(page + module for module in modules)]
+    names = ["groups", "plugin", "plugin.plugin", "plugin.reading", "tags"]
+    expected = ["keras_curvature", page, *(f"{page}.{name}" for name in names)]
     assert run(code) == f"set() {expected}\n"
 
 
