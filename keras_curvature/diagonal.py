@@ -20,7 +20,7 @@ from keras_curvature.layerwise import (
 from keras_curvature.loss import FunctionLoss, TrainingLoss
 from keras_curvature.operators import BasisDiagonal, HessianOperator, TurnedOperator
 from keras_curvature.progress import Progress
-from keras_curvature.split_diagonal import SplitMoments
+from keras_curvature.split_diagonal import WHOLE, SplitMoments
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -259,7 +259,7 @@ _PLACES = {
     "layer outputs": "layer outputs",
     "layers": "layer outputs",
     "parameters": "parameters",
-    "whole": "parameters, with it",
+    WHOLE: "parameters, with it",
     "gauss_newton": "model outputs",
 }
 

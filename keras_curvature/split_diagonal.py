@@ -166,9 +166,11 @@ class SplitMoments:
         self, shrink: bool, quiet: estimators.Part, noisy: list[estimators.Part]
     ) -> None:
         """Forgets what was chosen if the noise is another by now."""
-        size = self._by_block(quiet.mean).sum()
         known = [part for part in noisy if part.count > 1]
-        if not known or not size > 0:
+        if not known:
+            return
+        size = self._by_block(quiet.mean).sum()
+        if not size > 0:
             return
         noise = sum(part.count * self._by_block(part.error).sum() for part in known)
         now = float(noise / len(known) / size)

@@ -167,6 +167,7 @@ class SOAP(keras.optimizers.Optimizer):
             self.assign(axes, self._followed(*now))
 
     def _followed(self, moment, axes):
+        # `layer_axes.followed` orders axes by their size: squares would have to follow.
         return ops.cond(
             ops.equal(self.iterations, 0),
             lambda: ops.flip(ops.linalg.eigh(moment)[1], axis=1),

@@ -202,10 +202,8 @@ def variants():
 
 def write():
     """Puts the tables between their marks in docs/optimizer.md; draws the pictures."""
-    all_results = {task: load(task) for task in TASKS}
-    all_results = {
-        task: found for task, found in all_results.items() if BASELINE in found
-    }
+    loaded = ((task, load(task)) for task in TASKS)
+    all_results = {task: found for task, found in loaded if BASELINE in found}
     figures = {task: summary(task, results) for task, results in all_results.items()}
     begin, end = "<!-- tables -->", "<!-- end of tables -->"
     page = PAGE.read_text()

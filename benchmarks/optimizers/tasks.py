@@ -168,6 +168,15 @@ def _recurrent():
     )
 
 
+def _words(vocabulary):
+    """The text as numbers of its most frequent words, −1 for all others."""
+    words = "".join(c if c.isalpha() else " " for c in _text().lower()).split()
+    names, counts = np.unique(words, return_counts=True)
+    kept = names[np.argsort(-counts, kind="stable")[:vocabulary]]
+    number = {name: i for i, name in enumerate(kept)}
+    return np.array([number.get(word, -1) for word in words])
+
+
 @functools.cache
 def _pairs(vocabulary=1000, distance=5):
     """How often two words of the text are near each other: `(word, word), log count`.
@@ -175,12 +184,7 @@ def _pairs(vocabulary=1000, distance=5):
     Frequencies of words are as skewed as in any text: the most frequent word is in
     hundreds of times as many pairs as the least frequent ones.
     """
-    words = "".join(c if c.isalpha() else " " for c in _text().lower()).split()
-    names, counts = np.unique(words, return_counts=True)
-    kept = names[np.argsort(-counts, kind="stable")[:vocabulary]]
-    number = {name: i for i, name in enumerate(kept)}
-    numbers = np.array([number.get(word, -1) for word in words])
-    near = []
+    numbers, near = _words(vocabulary), []
     for shift in range(1, distance + 1):
         first, second = numbers[:-shift], numbers[shift:]
         known = (first >= 0) & (second >= 0)
@@ -204,13 +208,9 @@ def _factorisation():
 
 def _three_words(vocabulary=1000):
     """Two words of the text, and the next one. A few words are most of all answers."""
-    words = "".join(c if c.isalpha() else " " for c in _text().lower()).split()
-    names, counts = np.unique(words, return_counts=True)
-    kept = names[np.argsort(-counts, kind="stable")[:vocabulary]]
-    number = {name: i for i, name in enumerate(kept)}
-    numbers = np.array([number.get(word, -1) for word in words], "int32")
+    numbers = _words(vocabulary)
     triples = np.stack([numbers[:-2], numbers[1:-1], numbers[2:]], 1)
-    triples = triples[np.all(triples >= 0, axis=1)]
+    triples = triples[np.all(triples >= 0, axis=1)].astype("int32")
     return _split(triples[:, :2], triples[:, 2], 4096)
 
 

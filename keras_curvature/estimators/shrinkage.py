@@ -272,8 +272,8 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
             _mean_squares(squares, block_sizes), np.array(block_sizes), axis=0
         )
         shape = (squares + sizes) / 2
-        shares = [(1 + slope) * (1 - kept), *(0.0 for _ in weights[1:])]
-        shares = [s + kept * w for s, w in zip(shares, weights, strict=True)]
+        shares = [kept * weight for weight in weights]
+        shares[0] = shares[0] + (1 + slope) * (1 - kept)
         value, variance = 0.0, 0.0
         for i in parts:
             usual = common[i] * (shape if i else squares)
