@@ -5,6 +5,7 @@ Next to it are `tensorflow_loops` (compiled functions and loops) and
 """
 
 import contextlib
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -436,8 +437,11 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 # Random numbers
 
-#: The default is chosen by device, and reads negative seeds differently under XLA.
-_GENERATOR = "philox"
+# `tf.random` reads a key in thirty operations, of which a graph with many keys is full.
+# Its default generator takes one, but depends on the device, and reads negative keys
+# differently under XLA. This reads them as `tf.random` does, in a few operations.
+_PHILOX = {"alg": 1}
+_SCRAMBLE = 0x02461E293EC8F720
 
 
 def random_state_at_rest() -> contextlib.AbstractContextManager[None]:
@@ -447,16 +451,62 @@ def random_state_at_rest() -> contextlib.AbstractContextManager[None]:
 
 def signs(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
     """See the contract."""
-    bits = tf.random.stateless_uniform(shape, key, 0, 2, tf.int32, alg=_GENERATOR)
-    return tf.cast(2 * bits - 1, dtype)
+    return _drawn(_signs, shape, key, dtype)
 
 
 def normal(shape: Sequence[Any], key: Tensor, dtype: str) -> Tensor:
     """See the contract."""
-    return tf.random.stateless_normal(shape, key, dtype=dtype, alg=_GENERATOR)
+    return _drawn(_normal, shape, key, dtype)
 
 
 def fold_in(key: Tensor, number: Any) -> Tensor:
     """See the contract."""
-    key = tf.cast(key, tf.int32)
-    return tf.random.experimental.stateless_fold_in(key, number, alg=_GENERATOR)
+    return _own_graph(_folded)(tf.cast(key, tf.int32), tf.cast(number, tf.int32))
+
+
+def _signs(shape: Sequence[Any], dtype: str, key: Tensor) -> Tensor:
+    bits = tf.raw_ops.StatelessRandomUniformIntV2(
+        shape=shape, minval=0, maxval=2, **_read(key)
+    )
+    return tf.cast(2 * bits - 1, dtype)
+
+
+def _normal(shape: Sequence[Any], dtype: str, key: Tensor) -> Tensor:
+    return tf.raw_ops.StatelessRandomNormalV2(shape=shape, dtype=dtype, **_read(key))
+
+
+def _folded(key: Tensor, number: Tensor) -> Tensor:
+    first = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=(), dtype=tf.int32, **_read(key)
+    )
+    return tf.stack([first, number])
+
+
+def _read(key: Tensor) -> dict[str, Any]:
+    """A key as the generator takes it."""
+    mixed = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=(2, 2),
+        key=[_SCRAMBLE],
+        counter=tf.cast(key, tf.uint64),
+        dtype=tf.uint32,
+        **_PHILOX,
+    )
+    own, counter = tf.unstack(tf.bitcast(mixed, tf.uint64))
+    return {"key": own[tf.newaxis], "counter": [0, counter], **_PHILOX}
+
+
+def _drawn(
+    draw: Callable[..., Tensor], shape: Sequence[Any], key: Tensor, dtype: str
+) -> Tensor:
+    if any(tf.is_tensor(size) for size in shape):
+        return draw(shape, dtype, key)
+    return _own_graph(draw, tuple(shape), dtype)(key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_graph(draw: Callable[..., Tensor], *settings: Any) -> Callable[..., Tensor]:
+    """What draws, as a graph that others call: it is written once."""
+    graph: Callable[..., Tensor] = tf.function(
+        functools.partial(draw, *settings), autograph=False
+    )
+    return graph
