@@ -15,11 +15,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Which of Keras' backends the tests run on.
 BACKENDS := tensorflow jax torch
 
-.PHONY: help demo test test-accelerator lint api pictures site bench wheel
+.PHONY: help demo test test-all test-accelerator lint api pictures site bench wheel
 
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
 	@echo "make test   run the tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-all   also run them on further networks"
 	@echo "make test-accelerator   run what needs a GPU or TPU, where there is one"
 	@echo "make lint   check style and types"
 	@echo "make api    write docs/api.md from the docstrings"
@@ -39,12 +40,14 @@ $(STAMP): setup.cfg pyproject.toml tests/constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# One process a core; the tests' own threads would only be in each other's way.
-test: $(STAMP)
+# One process a core; the tests' own threads would only be in each other's way. What
+# `make test` leaves out is in tests/thorough.py.
+test: SELECTION := --brief
+test test-all: $(STAMP)
 	set -e; for backend in $(BACKENDS); do \
 		echo "KERAS_BACKEND=$$backend"; \
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
-			$(BIN)/python -m pytest --numprocesses 2 --dist loadscope; \
+			$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(SELECTION); \
 	done
 
 test-accelerator: $(STAMP)

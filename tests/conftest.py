@@ -10,6 +10,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import cases
 import keras
 import pytest
+import thorough
 
 # These look at text and pictures, which no backend changes, or compare in float64 with
 # figures that only TensorFlow reaches: elsewhere Keras rounds to float32 on its way.
@@ -53,6 +54,8 @@ elif keras.backend.backend() == "jax":
             "--xla_force_host_platform_device_count=4",
             "--xla_backend_optimization_level=0",
             "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
         ]
     )
     jax.config.update("jax_enable_x64", True)
@@ -67,6 +70,18 @@ elif keras.backend.backend() == "jax":
 # Graphs are many small objects that stay: looking through them for garbage as often as
 # Python does takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--brief", action="store_true", help=thorough.__doc__)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.brief:
+        root = pathlib.Path(__file__).parent
+        left = [item for item in items if thorough.is_thorough(item, root)]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -117,22 +117,22 @@ FIGURES = {
 
 
 @functools.cache
-def from_arrays(figure):
-    """A figure from the samples at once, and what it was taken of."""
+def operators(kind):
+    """The samples at once, or in batches; all figures share what is compiled."""
     model, x, y, *_ = cases.mlp_relu()
-    return FIGURES[figure](model, x, y, verbose=False), model, x, y
+    data = {"arrays": (x, y), "py_dataset": (Batches(x, y),)}
+    if kind == "dataset":
+        tf = pytest.importorskip("tensorflow")
+        data[kind] = (tf.data.Dataset.from_tensor_slices((x, y)).batch(3),)
+    return kc.HessianOperator(model, *data[kind])
 
 
 @pytest.mark.parametrize("kind", ["dataset", "py_dataset"])
 @pytest.mark.parametrize("figure", FIGURES)
 def test_whole_data_sets(figure, kind, capsys):
     """The same figures as from arrays, and a bar that tells the time left."""
-    expected, model, x, y = from_arrays(figure)
-    data = Batches(x, y)
-    if kind == "dataset":
-        tf = pytest.importorskip("tensorflow")
-        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
+    expected = FIGURES[figure](operators("arrays"), verbose=False)
     capsys.readouterr()
-    found = FIGURES[figure](model, data, verbose=True)
+    found = FIGURES[figure](operators(kind), verbose=True)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     assert capsys.readouterr().out
