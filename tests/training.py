@@ -21,7 +21,12 @@ BATCH = 4
 BATCHES = 10
 
 #: Arguments of the cheapest monitor there is.
-CHEAP = {"diagonal": None, "num_matvecs": 1}
+CHEAP = {
+    "diagonal": None,
+    "num_matvecs": 1,
+    "preconditioned": False,
+    "gradients": False,
+}
 
 
 def data(samples=BATCH * BATCHES, seed=0):

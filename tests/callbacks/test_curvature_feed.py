@@ -5,6 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from keras import layers
 from training import BATCHES, data, fit, network, steps
 
 import keras_curvature as kc
@@ -21,10 +22,12 @@ def test_two_lines_are_all():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model, watch = network(optimizer=kc.DiagonalNewton()), feed()
-        losses = fit(model, watch, epochs=3)["loss"]
+        history = fit(model, watch, epochs=3)
     assert steps(watch) == list(range(0, 3 * BATCHES + 1, 2))
     assert model.optimizer.curvature_updates == len(watch.history)
-    assert losses[-1] < losses[0]
+    assert history["loss"][-1] < history["loss"][0]
+    # No column is named of what is not measured.
+    assert list(history) == ["loss", "hessian_trace"]
     last = watch.history[-1]
     assert last["num_matvecs"] == 1
     assert set(last["optimizer"]) == {
@@ -36,8 +39,7 @@ def test_two_lines_are_all():
     }
 
 
-@pytest.mark.parametrize("kind", ["arrays", "data set"])
-def test_each_probe_takes_another_batch(kind):
+def test_each_probe_takes_another_batch():
     """The weights stand still, so the loss tells the batch."""
     taken = []
 
@@ -48,42 +50,55 @@ def test_each_probe_takes_another_batch(kind):
             taken.append(i)
             return X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8]
 
-    source = (X, Y) if kind == "arrays" else Batches()
-    model, watch = network(optimizer=kc.DiagonalNewton(0.0)), feed(source)
-    fit(model, watch)
-    losses = [record["loss"] for record in watch.history]
-    assert len(losses) == 6
-    assert len({round(loss, 6) for loss in losses[:5]}) == 5
-    if kind == "data set":
-        # One batch is read at each probe, not a pass over all of them.
-        assert taken == [0, 1, 2, 3, 4, 0]
+    watches = feed(diagonal="gauss_newton"), feed(Batches())
+    fit(network(optimizer=keras.optimizers.SGD(0.0)), *watches)
+    for watch in watches:
+        losses = [record["loss"] for record in watch.history]
+        assert len(losses) == 6
+        assert len({round(loss, 6) for loss in losses[:5]}) == 5
+    # One batch is read at each probe, not a pass over all of them.
+    assert taken == [0, 1, 2, 3, 4, 0]
+
+
+def probed(model, *steps, **arguments):
+    """The records of probes at the weights as they are, and the feed."""
+    watch = feed(verbose=0, **arguments)
+    watch.set_model(model)
+    return [watch.probe(step) for step in steps], watch
 
 
 def test_rows_are_a_function_of_the_seed():
-    """The loss tells the rows, the trace the directions as well."""
+    """The loss tells the rows."""
+    model = network()
 
-    def figures(**arguments):
-        watch = feed(diagonal="hutchinson", **arguments)
-        fit(network(), watch)
-        return [(r["loss"], r["hessian_trace"]) for r in watch.history]
+    def losses(**arguments):
+        cheap = {"diagonal": None, "num_matvecs": 1}
+        records, _ = probed(model, 0, 2, 4, **cheap, **arguments)
+        return [record["loss"] for record in records]
 
-    first = figures()
-    assert figures() == first
-    for one, other in zip(first, figures(seed=1), strict=True):
-        assert all(np.not_equal(one, other))
+    first = losses()
+    assert losses() == first
+    assert len({*first, *losses(seed=1)}) == 6
 
 
 def test_more_rows_than_there_are():
-    watch = feed(batch_size=1000)
-    fit(network(), watch)
-    assert len({round(record["loss"], 4) for record in watch.history[:1]}) == 1
-    assert watch.operator.evaluation.data.first()[0].shape[0] == len(X)
+    """Then it is all of them: the same loss, and a trace along other directions."""
+    model, found = network(layers.Dense(3)), []
+    for seed in (0, 1):
+        arguments = {"batch_size": 1000, "diagonal": "hutchinson", "seed": seed}
+        (record,), watch = probed(model, 0, **arguments)
+        assert watch.operator.evaluation.data.first()[0].shape[0] == len(X)
+        found.append((record["loss"], record["hessian_trace"]))
+    (loss, trace), (same, other) = found
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    assert other != trace
 
 
 def test_settings_can_be_overruled():
-    watch = feed(num_matvecs=4, diagonal="exact")
-    fit(network(), watch)
-    assert watch.history[-1]["hessian_frobenius_norm"] > 0
+    settings = {"num_matvecs": 4, "diagonal": "gauss_newton"}
+    (record,), _ = probed(network(), 0, **settings)
+    assert record["hessian_frobenius_norm"] > 0
+    assert record["hessian_trace_standard_error"] == 0
 
 
 @pytest.mark.parametrize(
