@@ -1,5 +1,7 @@
 """What the monitor takes as probe data, and what it says about data that won't do."""
 
+import functools
+
 import cases
 import keras
 import numpy as np
@@ -43,6 +45,11 @@ def first_record(probe_data, model=None, **arguments):
     return watch.history[0]
 
 
+@functools.cache
+def record_of_arrays(weighted=False):
+    return first_record((X, Y) + (WEIGHT,) * weighted)
+
+
 def assert_same_figures(record, expected):
     for name in ("loss", "hessian_trace", "hessian_frobenius_norm"):
         np.testing.assert_allclose(record[name], expected[name], rtol=2e-5)
@@ -60,7 +67,7 @@ def assert_same_figures(record, expected):
     ids=["list", "tensors", "unit weights", "Dataset", "PyDataset"],
 )
 def test_forms_of_the_same_data(form):
-    assert_same_figures(first_record(form()), first_record((X, Y)))
+    assert_same_figures(first_record(form()), record_of_arrays())
 
 
 @pytest.mark.parametrize(
@@ -72,8 +79,8 @@ def test_forms_of_the_same_data(form):
 )
 def test_sample_weights(form):
     record = first_record(form())
-    assert_same_figures(record, first_record((X, Y, WEIGHT)))
-    assert abs(record["loss"] - first_record((X, Y))["loss"]) > 1e-3
+    assert_same_figures(record, record_of_arrays(weighted=True))
+    assert abs(record["loss"] - record_of_arrays()["loss"]) > 1e-3
 
 
 def test_class_weight():
@@ -110,26 +117,21 @@ def test_data_without_targets():
     )
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        lambda: tf_data(X, Y).batch(5).repeat(),
-        lambda: Batches(num=None),
-        Batches,
-    ],
-    ids=["endless Dataset", "endless PyDataset", "PyDataset"],
-)
-def test_fresh_batches(source):
+def test_fresh_batches():
     """One batch after the other, in a circle."""
-    watch = monitor(probe_data=source(), fresh_batches=True, update_freq=2)
+    sources = tf_data(X, Y).batch(5).repeat(), Batches(num=None), Batches()
+    arguments = {"fresh_batches": True, "update_freq": 2}
+    watches = [monitor(probe_data=source, **arguments) for source in sources]
     model = network(optimizer=keras.optimizers.SGD(0.0))
-    fit(model, watch)
-    rows = [slice(5 * (i % 4), 5 * (i % 4) + 5) for i in range(6)]
-    losses = [model.evaluate(X[r], Y[r], verbose=0) for r in rows]
-    np.testing.assert_allclose([r["loss"] for r in watch.history], losses, rtol=1e-5)
-    assert (
-        watch.operator.evaluation.mean_loss.traces() <= 1
-    )  # PyTorch compiles nothing.
+    fit(model, *watches)
+    parts = [slice(5 * i, 5 * i + 5) for i in range(4)]
+    losses = [model.evaluate(X[rows], Y[rows], verbose=0) for rows in parts]
+    losses += losses[:2]
+    for watch in watches:
+        found = [record["loss"] for record in watch.history]
+        np.testing.assert_allclose(found, losses, rtol=1e-5)
+        # PyTorch compiles nothing.
+        assert watch.operator.evaluation.mean_loss.traces() <= 1
 
 
 def test_fresh_batches_go_on_after_an_error():

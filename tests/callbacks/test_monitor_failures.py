@@ -169,7 +169,7 @@ def test_interrupt_in_the_middle_of_a_figure_ends_training(figures, monkeypatch)
 
     monkeypatch.setattr(ProbeData, "mean", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(network(), monitor(**figures))
+        fit(network(layers.Dense(3)), monitor(**figures))
     assert len(passes) == 7
 
 
@@ -195,8 +195,8 @@ def test_diverged_training(tmp_path):
     model = network(optimizer=optimizer)
     watch = kc.CurvatureMonitor((x, y), 2, tmp_path, num_matvecs=6)
     with pytest.warns(UserWarning) as caught:
-        history = fit(model, watch, epochs=2)
-    assert steps(watch) == list(range(0, 21, 2))
+        history = fit(model, watch)
+    assert steps(watch) == list(range(0, 11, 2))
     assert not np.isfinite(history["hessian_trace"][-1])
     assert not np.isfinite(watch.history[-1]["loss"])
     messages = told(caught)
