@@ -13,15 +13,28 @@ from keras_curvature.progress import Progress
 from keras_curvature.report import CurvatureSummary
 from keras_curvature.text import number, percent
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("module_float64")
 
 
-def test_exact_figures_by_layer():
-    """With products enough for every parameter, twice, nothing is random."""
+@pytest.fixture(scope="module")
+def relu(module_float64):
+    """A model, and its operator, which keeps what was compiled."""
     model, x, y, *_ = cases.mlp_relu()
-    h = kc.hessian_matrix(model, x, y)
+    return model, kc.HessianOperator(model, x, y)
+
+
+@pytest.fixture(scope="module")
+def tanh(module_float64):
+    model, x, y, *_ = cases.mlp_tanh()
+    return model, kc.HessianOperator(model, x, y)
+
+
+def test_exact_figures_by_layer(relu):
+    """With products enough for every parameter, twice, nothing is random."""
+    model, operator = relu
+    h = kc.hessian_matrix(operator)
     *layers, total = kc.curvature_summary(
-        model, x, y, num_matvecs=2 * len(h), print_fn=False
+        operator, num_matvecs=2 * len(h), print_fn=False
     )
     sizes = [layer.count_params() for layer in model.layers]
     pairs = matrices.squared_norms_of_pairs(h, sizes)
@@ -52,10 +65,10 @@ def test_exact_figures_by_layer():
     assert total["name"] == "total" and total["size"] == len(h)
 
 
-def test_random_figures_add_up():
-    model, x, y, *_ = cases.mlp_tanh()
-    h = kc.hessian_matrix(model, x, y)
-    *layers, total = kc.curvature_summary(model, x, y, print_fn=False)
+def test_random_figures_add_up(tanh):
+    model, operator = tanh
+    h = kc.hessian_matrix(operator)
+    *layers, total = kc.curvature_summary(operator, print_fn=False)
     sizes = [layer.count_params() for layer in model.layers]
     pairs = matrices.squared_norms_of_pairs(h, sizes)
     trace = sum(layer["trace"] for layer in layers)
@@ -69,12 +82,12 @@ def test_random_figures_add_up():
     np.testing.assert_allclose(blocks + total["off_diagonal_share"], 1, rtol=1e-12)
 
 
-def test_the_table(capsys, monkeypatch):
+def test_the_table(relu, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    model, x, y, *_ = cases.mlp_relu()
+    _, operator = relu
     lines: list = []
-    arguments = {"x": x, "y": y, "num_matvecs": 2 * 59, "verbose": False}
-    *layers, total = kc.curvature_summary(model, print_fn=lines.append, **arguments)
+    arguments = {"num_matvecs": 2 * 59, "verbose": False}
+    *layers, total = kc.curvature_summary(operator, print_fn=lines.append, **arguments)
     assert capsys.readouterr().out == ""
     text = "\n".join(lines)
     for layer in layers:
@@ -91,20 +104,20 @@ def test_the_table(capsys, monkeypatch):
     json.dumps([*layers, total])  # Plain numbers and text.
     # No line is cut on a narrow terminal.
     assert max(map(len, lines)) <= 80 and "…" not in text
-    kc.curvature_summary(model, **arguments)
+    kc.curvature_summary(operator, **arguments)
     assert capsys.readouterr().out.strip() == text.strip()
 
 
-def test_top_puts_layers_together_in_the_table_alone():
-    model, x, y, *_ = cases.mlp_relu()
+def test_top_puts_layers_together_in_the_table_alone(relu):
+    model, operator = relu
     options = {"print_fn": False, "num_matvecs": 2, "verbose": False}
-    summary = kc.curvature_summary(model, x, y, top=1, **options)
+    summary = kc.curvature_summary(operator, top=1, **options)
     assert len(summary) == len(model.layers) + 1 == 4
     assert "2 more layers" in summary.table()
     assert "more layers" not in CurvatureSummary(summary, False, top=None).table()
     for top in (0, -1, 1.5):
         with pytest.raises(ValueError, match=f"Received: top={top}"):
-            kc.curvature_summary(model, x, y, top=top)
+            kc.curvature_summary(operator, top=top)
 
 
 def test_a_learning_rate_for_an_optimizer_that_divides():
@@ -116,18 +129,20 @@ def test_a_learning_rate_for_an_optimizer_that_divides():
     model.fit(x, y[:, :1], epochs=3, verbose=0)
     operator = kc.HessianOperator(model, x, y[:, :1])
     alone = kc.suggest_learning_rate(operator)
-    summary = kc.curvature_summary(operator, print_fn=False)
+    # Of a linear model and a squared error it is the whole diagonal.
+    options = {"method": "gauss_newton", "print_fn": False}
+    summary = kc.curvature_summary(operator, **options)
     found = summary[-1]["suggested_learning_rate"]
     np.testing.assert_allclose(found, alone.value, rtol=1e-6)
     assert "Adam turns unstable at 38 / λ" in " ".join(summary.table().split())
     model.optimizer = None
-    summary = kc.curvature_summary(operator, print_fn=False)
+    summary = kc.curvature_summary(operator, **options)
     assert summary[-1]["learning_rate_reason"] is None
     assert "Learning rate" not in summary.table()
 
 
-def test_one_bar_counts_all_products(monkeypatch):
-    model, x, y, *_ = cases.mlp_tanh()
+def test_one_bar_counts_all_products(tanh, monkeypatch):
+    _, operator = tanh
     told = []
     call = Progress.__call__
 
@@ -138,7 +153,7 @@ def test_one_bar_counts_all_products(monkeypatch):
 
     monkeypatch.setattr(Progress, "__call__", listening)
     method = {"method": "layerwise", "num_matvecs": 16}
-    kc.curvature_summary(model, x, y, print_fn=False, verbose=False, **method)
+    kc.curvature_summary(operator, print_fn=False, verbose=False, **method)
     done, totals = zip(*told, strict=True)
     assert list(done) == sorted(done) and set(totals) == {20} and done[-1] == 20
 
@@ -153,9 +168,8 @@ def test_one_bar_counts_all_products(monkeypatch):
 )
 def test_the_table_says_how_the_layers_ran(training, told):
     model, x, y, *_ = cases.batch_norm()
-    summary = kc.curvature_summary(
-        model, x, y, training=training, num_matvecs=2, print_fn=False, verbose=False
-    )
+    options = {"method": "hutchinson", "num_matvecs": 2, "print_fn": False}
+    summary = kc.curvature_summary(model, x, y, training=training, **options)
     assert summary[-1]["mode"] == told
     assert f"\n Layers ran as in {told}" in summary.table()
 
@@ -176,11 +190,11 @@ def test_a_loss_without_curvature():
     )
 
 
-def test_shows_itself_once():
-    model, x, y, *_ = cases.mlp_relu()
+def test_shows_itself_once(relu):
+    _, operator = relu
     lines = []
-    printed = kc.curvature_summary(model, x, y, print_fn=lines.append)
-    quiet = kc.curvature_summary(model, x, y, print_fn=False)
+    printed = kc.curvature_summary(operator, print_fn=lines.append)
+    quiet = kc.curvature_summary(operator, print_fn=False)
     assert repr(quiet) == "\n".join(lines) == printed.table()
     layers = len(printed) - 1
     assert repr(printed).startswith(f"<curvature of {layers} layers, ")

@@ -60,8 +60,13 @@ def newton_network():
 
 
 def figures(tmp_path, name):
+    """What is delivered, and what goes by the weights of the probe before."""
     return monitor(
-        diagonal="layerwise", num_matvecs=0, log_dir=tmp_path / name, verbose=0
+        diagonal="gauss_newton",
+        num_matvecs=0,
+        gradients=True,
+        log_dir=tmp_path / name,
+        verbose=0,
     )
 
 

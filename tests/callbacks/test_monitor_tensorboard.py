@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator, event_multiplexer
 from tensorboard.util import tensor_util
-from training import data, fit, network, steps
+from training import data, fit, monitor, network, steps
 
 import keras_curvature as kc
 from keras_curvature.tensorboard import tags
@@ -24,8 +24,7 @@ def values(events):
 
 
 def watch(log_dir, **arguments):
-    x, y = data()
-    return kc.CurvatureMonitor((x, y), 5, log_dir, num_matvecs=6, **arguments)
+    return monitor(probe_data=data(), update_freq=5, log_dir=log_dir, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +33,11 @@ def watch(log_dir, **arguments):
 def test_beside_the_tensorboard_callback(order, update_freq, tmp_path):
     """Each writes its own run; Keras' turns recording off between its writes."""
     pytest.importorskip("tensorflow", reason="Keras' own callback needs it.")
-    monitor = watch(tmp_path)
+    curvature = watch(tmp_path)
     board = keras.callbacks.TensorBoard(
         tmp_path, update_freq=update_freq, write_graph=False
     )
-    callbacks = [monitor, board] if order == "monitor first" else [board, monitor]
+    callbacks = [curvature, board] if order == "monitor first" else [board, curvature]
     fit(network(), *callbacks, epochs=2, validation_data=data())
     runs = event_multiplexer.EventMultiplexer()
     runs.AddRunsFromDirectory(str(tmp_path)).Reload()
@@ -51,12 +50,12 @@ def test_beside_the_tensorboard_callback(order, update_freq, tmp_path):
 
 
 def test_the_whole_set_of_tags(tmp_path):
-    monitor = watch(tmp_path)
+    curvature = kc.CurvatureMonitor(data(), 5, tmp_path, num_matvecs=4)
     model = network(optimizer=kc.DiagonalNewton())
-    fit(model, monitor)
-    layers = [layer["name"] for layer in monitor.history[0]["layers"]]
+    fit(model, curvature)
+    layers = [layer["name"] for layer in curvature.history[0]["layers"]]
     assert len(layers) == 2
-    last = monitor.history[-1]
+    last = curvature.history[-1]
     expected = {
         *(figure.tag for figure in tags.GLOBAL_FIGURES),
         *(end for band in tags.BANDS for end in (band.value, band.lower, band.upper)),
@@ -75,25 +74,27 @@ def test_the_whole_set_of_tags(tmp_path):
     assert set(found) == expected
     for name in ("trace", "frobenius_norm", "max_eigenvalue"):
         written = values(found[f"hessian/{name}"])
-        recorded = [(r["step"], r[f"hessian_{name}"]) for r in monitor.history]
+        recorded = [(r["step"], r[f"hessian_{name}"]) for r in curvature.history]
         np.testing.assert_allclose(written, recorded, rtol=1e-6)
 
 
 def test_per_variable_and_without_histograms(tmp_path):
-    fit(network(), watch(tmp_path / "a", per_variable=True))
+    model, diagonal = network(), {"diagonal": "gauss_newton"}
+    both = watch(tmp_path / "a", per_variable=True, **diagonal)
+    without = watch(tmp_path / "b", histograms=False, **diagonal)
+    fit(model, both, without)
     found = set(tensors(tmp_path / "a" / "curvature"))
     assert sum(t.startswith("variable_trace/") for t in found) == 4
     assert sum(t.startswith(f"{tags.VARIABLE_HISTOGRAM}/") for t in found) == 4
-    fit(network(), watch(tmp_path / "b", histograms=False))
     found = set(tensors(tmp_path / "b" / "curvature"))
     assert not any("signed_log10" in t or t.startswith("variable_") for t in found)
 
 
 def test_spectral_density_is_recorded_and_written(tmp_path):
-    monitor = watch(tmp_path, spectral_density=2)
-    fit(network(), monitor)
+    curvature = watch(tmp_path, spectral_density=2)
+    fit(network(), curvature)
     plain, dense = [
-        [r for r in monitor.history if ("spectral_density" in r) is with_it]
+        [r for r in curvature.history if ("spectral_density" in r) is with_it]
         for with_it in (False, True)
     ]
     assert [r["step"] for r in dense] == [0, 10]
@@ -110,13 +111,10 @@ def test_spectral_density_is_recorded_and_written(tmp_path):
     np.testing.assert_allclose(written[1], value, rtol=1e-6)
 
 
-def test_density_can_be_all_there_is(tmp_path):
-    x, y = data()
-    monitor = kc.CurvatureMonitor(
-        (x, y), 20, num_matvecs=0, diagonal=None, spectral_density=True
-    )
-    fit(network(), monitor)
-    assert all("spectral_density" in record for record in monitor.history)
+def test_density_can_be_all_there_is():
+    curvature = monitor(num_matvecs=0, spectral_density=True)
+    curvature.set_model(network())
+    assert "spectral_density" in curvature.probe(0)
 
 
 @pytest.mark.parametrize("often", [-1, 0.5, "always"])
@@ -126,15 +124,14 @@ def test_density_needs_a_number_of_probes(often):
 
 
 def test_several_fits_are_one_run(tmp_path):
-    monitor, model = watch(tmp_path), network()
+    curvature, model = watch(tmp_path), network()
     for _ in range(2):
-        fit(model, monitor)
+        fit(model, curvature)
     written = values(tensors(tmp_path / "curvature")["hessian/trace"])
-    assert [step for step, _ in written] == steps(monitor) == [0, 5, 10, 15, 20]
+    assert [step for step, _ in written] == steps(curvature) == [0, 5, 10, 15, 20]
 
 
 def test_no_directory_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    x, y = data()
-    fit(network(), kc.CurvatureMonitor((x, y), 5, num_matvecs=1, diagonal=None))
+    fit(network(), monitor())
     assert list(tmp_path.iterdir()) == []
