@@ -83,8 +83,8 @@ def newton_network():
     """Several steps in an execution, where Keras knows of such."""
     per_execution = 1 if ON_TORCH else 4
     return network(
-        keras.layers.Dense(3, "tanh"),
         optimizer=kc.DiagonalNewton(0.05),
+        activation="tanh",
         steps_per_execution=per_execution,
     )
 
