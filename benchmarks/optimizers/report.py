@@ -145,6 +145,8 @@ def _loss(key):
 
 def _plain(key, form):
     def cell(row, rows):
+        if math.isnan(row[key]):
+            return ""
         return form.format(row[key]) if math.isfinite(row[key]) else "–"
 
     return cell
