@@ -18,7 +18,15 @@ IMAGES = ROOT / "docs" / "images"
 VARIANTS = "variants"
 
 BASELINE = "AdamW"
-DRAWN = ("AdamW", "Muon", "Sophia", "DiagonalNewton", "DiagonalNewton, defaults")
+DRAWN = {
+    "AdamW": "C1",
+    "Muon": "C7",
+    "SOAP": "C4",
+    "Sophia": "C2",
+    "DiagonalNewton": "C0",
+    "DiagonalNewton, defaults": "C0",
+    "DiagonalNewton, axes": "C3",
+}
 
 
 def load(task):
@@ -245,18 +253,24 @@ def _panels(tasks, path):
 
 
 def _style(name):
-    from matplotlib import colormaps
-
-    color = colormaps["tab10"]({"AdamW": 1, "Muon": 7, "Sophia": 2}.get(name, 0))
-    return {"color": color, "ls": "--" if "defaults" in name else "-", "lw": 1.4}
+    ls = "--" if "defaults" in name else "-"
+    return {"color": DRAWN[name], "ls": ls, "lw": 1.4}
 
 
 def draw_curves(all_results, key, path):
-    """Held-out loss against steps or seconds, median of the seeds."""
+    """Held-out loss against steps or seconds, median of the seeds.
+
+    Against seconds those are drawn whose steps were timed on every task.
+    """
+    timed = [
+        name
+        for name in DRAWN
+        if all("milliseconds" in found.get(name, ()) for found in all_results.values())
+    ]
     for axis, task in _panels(all_results, path):
         results = all_results[task]
         lowest = math.inf
-        for name in DRAWN:
+        for name in timed if key == "seconds" else DRAWN:
             if name not in results:
                 continue
             runs = results[name]["runs"]
