@@ -27,6 +27,12 @@ class Case(NamedTuple):
     training: bool = False
 
 
+def named_in(test):
+    """The cases among the parameters of a test, from the name pytest gives it."""
+    values = test.partition("[")[2].removesuffix("]").split("-")
+    return [value for value in values if value in CASES]
+
+
 @contextlib.contextmanager
 def floatx(dtype):
     """A context in which Keras computes in `dtype` by default."""

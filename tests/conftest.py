@@ -78,9 +78,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.option.brief:
-        root = pathlib.Path(__file__).parent
-        left = [item for item in items if thorough.is_thorough(item, root)]
-        items[:] = [item for item in items if item not in left]
+        kept, left = [], []
+        for item in items:
+            (left if thorough.is_thorough(item.nodeid) else kept).append(item)
+        items[:] = kept
         config.hook.pytest_deselected(items=left)
 
 
@@ -94,8 +95,7 @@ def pytest_xdist_make_scheduler(config, log):
 
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
-            values = test.partition("[")[2].removesuffix("]").split("-")
-            return next((v for v in values if v in cases.CASES), file)
+            return next(iter(cases.named_in(test)), file)
 
     return Sharing(config, log)
 

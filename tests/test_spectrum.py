@@ -120,11 +120,13 @@ FIGURES = {
 def operators(kind):
     """The samples at once, or in batches; all figures share what is compiled."""
     model, x, y, *_ = cases.mlp_relu()
-    data = {"arrays": (x, y), "py_dataset": (Batches(x, y),)}
+    if kind == "arrays":
+        return kc.HessianOperator(model, x, y)
+    data = Batches(x, y)
     if kind == "dataset":
         tf = pytest.importorskip("tensorflow")
-        data[kind] = (tf.data.Dataset.from_tensor_slices((x, y)).batch(3),)
-    return kc.HessianOperator(model, *data[kind])
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
+    return kc.HessianOperator(model, data)
 
 
 @pytest.mark.parametrize("kind", ["dataset", "py_dataset"])
