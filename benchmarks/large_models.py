@@ -102,20 +102,25 @@ NETWORKS = {
 
 
 def run(networks=tuple(NETWORKS), backends=BACKENDS, options=()):
-    """Measures networks on backends; returns a list of rows."""
-    rows = []
+    """Measures networks on backends, and yields their rows.
+
+    A process that the machine's memory does not allow is a row that says so.
+    """
     for network in networks:
         for backend in backends:
             done = subprocess.run(
                 [sys.executable, __file__, "--work", network, *options],
                 env={**os.environ, "KERAS_BACKEND": backend},
-                check=True,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
-    return rows
+            row = {"network": network, "backend": backend}
+            if done.returncode == 0:
+                row |= json.loads(done.stdout.splitlines()[-1])
+            else:
+                row["ended with"] = done.returncode
+            print(row, flush=True)
+            yield row
 
 
 def work(network, probes=True):
@@ -246,6 +251,8 @@ if __name__ == "__main__":
         chosen = [a for a in sys.argv[1:] if a in NETWORKS] or tuple(NETWORKS)
         backends = [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS
         options = [a for a in sys.argv[1:] if a == "--products"]
-        results = run(chosen, backends, options)
-        measure.save("large_models", results)
+        results = []
+        for row in run(chosen, backends, options):
+            results.append(row)
+            measure.save("large_models", results)
         measure.print_table("Networks of real size", results)

@@ -29,7 +29,7 @@ def main(names):
     """Runs benchmarks one after the other, saves and prints their results."""
     for name in names or BENCHMARKS:
         module = importlib.import_module(name)
-        rows = module.run()
+        rows = list(module.run())
         measure.save(name, rows)
         measure.print_table(module.__doc__.strip().split("\n")[0], rows)
 

@@ -16,6 +16,8 @@ from keras_curvature.layerwise import (
     LayerwiseDiagonal,
     Plan,
     find_structure,
+    least_matvecs,
+    survey,
 )
 from keras_curvature.loss import FunctionLoss, TrainingLoss
 from keras_curvature.operators import BasisDiagonal, HessianOperator, TurnedOperator
@@ -97,13 +99,18 @@ def chosen(
     Returns:
         A method; and the plan of the exact diagonal, where that is known.
     """
-    plan = None
-    if has_layers(operator):
-        plan = operator.evaluation.once(ExactDiagonal).plan(seed)
-    cost = operator.shape[0] if plan is None else plan.num_matvecs
     budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+    cost = operator.shape[0]
+    if _opens(operator):
+        # Certificates take long to compile: not for a plan that is dear with all.
+        cost = min(cost, least_matvecs(operator.evaluation.once(survey)[0]))
+    plan = None
     if cost <= budget:
-        return "exact", plan
+        if has_layers(operator):
+            plan = operator.evaluation.once(ExactDiagonal).plan(seed)
+        cost = operator.shape[0] if plan is None else plan.num_matvecs
+        if cost <= budget:
+            return "exact", plan
     return sampled_method(operator, usual), plan
 
 
@@ -117,22 +124,19 @@ def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
         operator: a `HessianOperator`.
         usual: whether nothing was asked for that only layerwise samples know.
     """
+    if not _opens(operator):
+        return "hutchinson"
+    # Known before it is found out whether samples interact, which takes longer.
+    if usual and operator.evaluation.once(survey)[0].statistics:
+        return "hutchinson"
     if not has_layers(operator):
         return "hutchinson"
-    if not usual:
-        return "layerwise"
-    if operator.evaluation.once(find_structure).statistics:
-        return "hutchinson"
-    return "shrunk" if is_split(operator) else "layerwise"
+    return "shrunk" if usual and is_split(operator) else "layerwise"
 
 
 def is_split(operator: HessianOperator) -> bool:
     """Whether the Gauss–Newton part of the diagonal can be told from the rest."""
-    return (
-        isinstance(operator.evaluation.loss, TrainingLoss)
-        and operator.hvp == "tape"
-        and operator.evaluation.once(SplitMoments).possible
-    )
+    return _opens(operator) and operator.evaluation.once(SplitMoments).possible
 
 
 def _split(operator: HessianOperator) -> SplitMoments:
@@ -181,14 +185,14 @@ def diagonal_moments(
     """
     check_choice(method, METHODS)
     usual = groups == "joint" and control_variate == "auto"
-    plan, by_layers, turned = None, has_layers(operator), None
+    plan, turned = None, None
     if axes is not None:
         axes = list(axes)
         method = _method_in_axes(operator, method, num_matvecs)
         turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
     if method == "auto":
         method, plan = chosen(operator, num_matvecs, seed, usual)
-    if method == "layerwise" and not by_layers:
+    if method == "layerwise" and not has_layers(operator):
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
     sampled = num_matvecs is not None or tolerance is not None
@@ -197,7 +201,7 @@ def diagonal_moments(
         moments = estimators.exact_moments(turned, operator.sizes, progress)
         return _told(moments, operator, _EXACT)
     if method == "exact":
-        if plan is None and by_layers:
+        if plan is None and has_layers(operator):
             plan = operator.evaluation.once(ExactDiagonal).plan(seed)
         moments = _exact_diagonal(operator, plan, max_matvecs, progress)
         return _told(moments, operator, _EXACT, plan.ways if plan else None)
@@ -313,10 +317,15 @@ def _method_in_axes(
 def has_layers(operator: HessianOperator) -> bool:
     """Whether the diagonal can be had from the layers' outputs."""
     return (
-        isinstance(operator.evaluation.loss, TrainingLoss)
-        and operator.hvp == "tape"
+        _opens(operator)
         and not operator.evaluation.once(find_structure).samples_interact
     )
+
+
+def _opens(operator: HessianOperator) -> bool:
+    """Whether there is a model whose layers can be opened."""
+    loss = operator.evaluation.loss
+    return isinstance(loss, TrainingLoss) and operator.hvp == "tape"
 
 
 def _layerwise(

@@ -2,11 +2,11 @@
 
 from keras_curvature.layerwise.activations import ActivationDiagonal
 from keras_curvature.layerwise.checks import find_structure
-from keras_curvature.layerwise.exact import ExactDiagonal, Plan
+from keras_curvature.layerwise.exact import ExactDiagonal, Plan, least_matvecs
 from keras_curvature.layerwise.gauss_newton_diagonal import GaussNewtonDiagonal
 from keras_curvature.layerwise.sampled import LayerwiseDiagonal, Samples
 from keras_curvature.layerwise.split import SplitDiagonal
-from keras_curvature.layerwise.structure import Structure
+from keras_curvature.layerwise.structure import Structure, survey
 
 __all__ = [
     "ActivationDiagonal",
@@ -18,4 +18,6 @@ __all__ = [
     "SplitDiagonal",
     "Structure",
     "find_structure",
+    "least_matvecs",
+    "survey",
 ]

@@ -41,7 +41,7 @@ def find_structure(evaluation: Evaluation) -> Structure:
     Raises:
         ValueError: for the loss of a plain function.
     """
-    structure, not_linear = survey(evaluation)
+    structure, not_linear = evaluation.once(survey)
     opened = structure.of_first_order
     if not opened.uses:
         _warn(not_linear)

@@ -35,6 +35,7 @@ from keras_curvature.layerwise.penalties import off_diagonal, penalty
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.rules import paths, stacked_products
 from keras_curvature.layerwise.statistics import ThroughStatistics, num_statistics
+from keras_curvature.layerwise.structure import Structure
 from keras_curvature.loss import State
 
 #: Beyond so many scalar outputs of a model its Gauss–Newton part is no help to samples.
@@ -123,7 +124,7 @@ class ExactDiagonal:
         # A control variate would leave what goes through statistics of the batch, which
         # is the most of the noise.
         noise = math.inf if structure.statistics else float(noise)
-        plan = self._cheapest(sound, piecewise, num_outputs, noise)
+        plan = cheapest(structure, sound, piecewise, num_outputs, noise)
         if not (piecewise or penalized) and plan.num_outputs > FEW_OUTPUTS:
             self._lasting_plan = plan
         return plan
@@ -144,46 +145,6 @@ class ExactDiagonal:
     def _penalized(self) -> list[int]:
         """Variables that act through the places, and also on the loss directly."""
         return [i for i in self._structure.uses_of if i in self._structure.direct]
-
-    def _cheapest(
-        self, sound: set[int], piecewise: set[Place], num_outputs: float, noise: float
-    ) -> Plan:
-        structure, sizes = self._structure, self._layout.sizes
-        ways = dict.fromkeys(self._layout.names, "parameters")
-        # Layers that share a variable go the same way.
-        certified, certified_cost, cost = [], 0.0, 0.0
-        free = set(range(len(sizes))) - set(structure.uses_of)
-
-        def take(variables: set[int], way: str) -> None:
-            ways.update({self._layout.names[i]: way for i in variables})
-
-        # Numbers of variables, and of layers counted below zero.
-        joined = connected(
-            {i, *(-1 - use.place.layer for use in uses)}
-            for i, uses in structure.uses_of.items()
-        )
-        for variables in [{i for i in one if i >= 0} for one in joined]:
-            places = {use.place: use for i in variables for use in structure.uses_of[i]}
-            cheapest: float = sum(sizes[i] for i in variables)
-            by_outputs = sum(use.size for use in places.values())
-            if variables <= sound and by_outputs < cheapest:
-                cheapest = by_outputs
-                take(variables, "outputs")
-            if variables <= sound and set(places) <= piecewise:
-                certified.append(variables)
-                certified_cost += cheapest
-            cost += cheapest
-        if certified_cost > num_outputs:
-            cost += num_outputs - certified_cost
-            for variables in certified:
-                take(variables, "gauss_newton")
-        total = int(cost + sum(sizes[i] for i in free))
-        if structure.statistics and set(ways.values()) != {"parameters"}:
-            total += num_statistics(structure)
-            if total >= sum(sizes):
-                ways = dict.fromkeys(ways, "parameters")
-                total = sum(sizes)
-        return Plan(ways, total, num_outputs, noise)
 
     # While tracing
 
@@ -242,6 +203,69 @@ class ExactDiagonal:
             for i in found:
                 parts[i] = parts[i] + through[i]
         return recording.loss, self._layout.joined(parts)
+
+
+def cheapest(
+    structure: Structure,
+    sound: set[int],
+    piecewise: set[Place],
+    num_outputs: float,
+    noise: float = math.inf,
+) -> Plan:
+    """The plan that takes the fewest products.
+
+    Args:
+        structure: what is known of the model's layers.
+        sound: numbers of the variables that may go by their layers' outputs.
+        piecewise: places whose curvature is all Gauss–Newton.
+        num_outputs: see `Plan`.
+        noise: see `Plan.noise_without`.
+    """
+    layout = structure.loss.layout
+    sizes, ways = layout.sizes, dict.fromkeys(layout.names, "parameters")
+    # Layers that share a variable go the same way.
+    certified, certified_cost, cost = [], 0.0, 0.0
+    free = set(range(len(sizes))) - set(structure.uses_of)
+
+    def take(variables: set[int], way: str) -> None:
+        ways.update({layout.names[i]: way for i in variables})
+
+    # Numbers of variables, and of layers counted below zero.
+    joined = connected(
+        {i, *(-1 - use.place.layer for use in uses)}
+        for i, uses in structure.uses_of.items()
+    )
+    for variables in [{i for i in one if i >= 0} for one in joined]:
+        places = {use.place: use for i in variables for use in structure.uses_of[i]}
+        least: float = sum(sizes[i] for i in variables)
+        by_outputs = sum(use.size for use in places.values())
+        if variables <= sound and by_outputs < least:
+            least = by_outputs
+            take(variables, "outputs")
+        if variables <= sound and set(places) <= piecewise:
+            certified.append(variables)
+            certified_cost += least
+        cost += least
+    if certified_cost > num_outputs:
+        cost += num_outputs - certified_cost
+        for variables in certified:
+            take(variables, "gauss_newton")
+    total = int(cost + sum(sizes[i] for i in free))
+    if structure.statistics and set(ways.values()) != {"parameters"}:
+        total += num_statistics(structure)
+        if total >= sum(sizes):
+            ways = dict.fromkeys(ways, "parameters")
+            total = sum(sizes)
+    return Plan(ways, total, num_outputs, noise)
+
+
+def least_matvecs(structure: Structure) -> int:
+    """What the cheapest plan takes at the least, before anything is certified."""
+    if not structure.uses:
+        return int(structure.loss.layout.size)
+    places = {use.place for use in structure.uses}
+    outputs = structure.num_outputs
+    return cheapest(structure, set(structure.uses_of), places, outputs).num_matvecs
 
 
 def by_parameters(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
