@@ -17,6 +17,7 @@ from keras_curvature.layerwise import (
     Plan,
     find_structure,
     least_matvecs,
+    looks_curved,
     survey,
 )
 from keras_curvature.loss import FunctionLoss, TrainingLoss
@@ -101,9 +102,13 @@ def chosen(
     """
     budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
     cost = operator.shape[0]
-    if _opens(operator):
+    if _opens(operator) and cost > budget:
         # Certificates take long to compile: not for a plan that is dear with all.
-        cost = min(cost, least_matvecs(operator.evaluation.once(survey)[0]))
+        structure = operator.evaluation.once(survey)[0]
+        cost = least_matvecs(structure)
+        if cost <= budget and usual and looks_curved(structure, budget):
+            # Samples that are needed anyway tell most of what is curved.
+            cost = least_matvecs(structure, _curved(operator))
     plan = None
     if cost <= budget:
         if has_layers(operator):
@@ -112,6 +117,13 @@ def chosen(
         if cost <= budget:
             return "exact", plan
     return sampled_method(operator, usual), plan
+
+
+def _curved(operator: HessianOperator) -> set[int]:
+    """Variables, by number, that are known to be curved."""
+    if not (has_layers(operator) and is_split(operator)):
+        return set()
+    return operator.evaluation.once(SplitMoments).curved(operator)
 
 
 def sampled_method(operator: HessianOperator, usual: bool = True) -> str:

@@ -29,12 +29,16 @@ WHOLE = "whole"
 #: Keeps the draws of the two parts, and those that kinds are chosen by, apart.
 _GAUSS_NEWTON, _REST, _CHOICE = 5, 6, 7
 
-#: Samples that kinds are chosen by, and the budget that is planned for.
+#: Samples that kinds are chosen by, at least, and the budget that is planned for.
 _TRIED, _PLANNED = 2, 8
 
 #: Kinds are chosen anew when the noise of a sample, over the first part, is this many
 #: times what it was, or less by as much: a network that was wrong may have learned.
 _CHANGED = 4
+
+#: A variable is curved if its second part is more than this share of the first:
+#: rounding is orders below, a curved activation orders above.
+_CURVED = 1e-4
 
 #: The rest is thought to be at least this share of `‖g‖²`, where kinds are chosen:
 #: noise beyond its size is shrunk anyway.
@@ -58,6 +62,8 @@ class SplitMoments:
         self._sizes = tuple(evaluation.loss.layout.sizes)
         self._kinds: dict[bool, tuple[str, ...]] = {}
         self._noise: dict[bool, float] = {}
+        self._tried: dict[str, estimators.Part] = {}
+        self._curved: set[int] | None = None
 
     def moments(
         self,
@@ -135,15 +141,15 @@ class SplitMoments:
             choices.append((WHOLE,))
         if len(choices) == 1:
             return choices[0]
-        going = _Going(None, 0).with_price(0.0)
-        g = self._samples("", operator, 0, _CHOICE).drawn(_TRIED, going)
+        g = self._try("", operator)
         tried = {
-            kind: self._samples(kind, operator, 0, _CHOICE).drawn(_TRIED, going, g.mean)
+            kind: self._try(kind, operator)
             for kind in dict.fromkeys(itertools.chain(*choices))
         }
+        self._tried = {}
         # Of one product, and of a backward pass.
-        noise = {kind: _TRIED * self._by_block(p.error) for kind, p in tried.items()}
-        of_g = _TRIED * self._by_block(g.error)
+        noise = {kind: p.count * self._by_block(p.error) for kind, p in tried.items()}
+        of_g = g.count * self._by_block(g.error)
         means = [p.mean - (g.mean if p.whole else 0.0) for p in tried.values()]
         # The product of independent samples is the square of what they are samples of.
         pairs = [self._by_block(x, y) for x, y in itertools.combinations(means, 2)]
@@ -161,6 +167,35 @@ class SplitMoments:
                 )
         best = choices[int(np.argmin(risks))]
         return tuple(sorted(best, key=lambda kind: float(noise[kind].sum())))
+
+    def curved(self, operator: HessianOperator) -> set[int]:
+        """Variables, by number, whose curvature is not all in the first part.
+
+        Found out once: what is curved stays so. Of others only certificates can tell.
+
+        Args:
+            operator: that of the evaluation.
+        """
+        if self._curved is None:
+            self._curved = set()
+            if "layers" in self.parts.rest:
+                parts = [self._try(kind, operator) for kind in ("", "layers")]
+                g, rest = (self._by_block(part.mean) for part in parts)
+                self._curved.update(np.flatnonzero(rest > _CURVED**2 * g).tolist())
+            if not self._curved:
+                self._tried = {}
+        return self._curved
+
+    def _try(self, kind: str, operator: HessianOperator) -> estimators.Part:
+        """A few samples to choose by, kept until kinds are chosen."""
+        if kind not in self._tried:
+            quiet = self._try("", operator).mean if kind else None
+            # Of products, as many as are compiled together.
+            count = estimators.GROUP if kind == WHOLE else _TRIED
+            going = _Going(None, 0).with_price(0.0)
+            samples = self._samples(kind, operator, 0, _CHOICE)
+            self._tried[kind] = samples.drawn(count, going, quiet)
+        return self._tried[kind]
 
     def _look_whether_chosen_still(
         self, shrink: bool, quiet: estimators.Part, noisy: list[estimators.Part]

@@ -15,7 +15,7 @@ Conventions:
 
 | name | what it does |
 |---|---|
-| `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. `jit_compile` asks TensorFlow for XLA |
+| `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. An argument that is a Python integer says how often something is repeated: where the framework allows, other numbers are not compiled anew. `jit_compile` asks TensorFlow for XLA |
 | `on_variables(function, variables)` | a compiled function of `*args` that calls the pure `function(values, *args)` with the present values of the variables. That returns `(new, result)`: the first variables are assigned what is new, and the result, computed and none of the values as it is, is returned. All variables together cost little more than one |
 | `num_traces()` | number of signatures compiled so far, of all functions |
 | `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |

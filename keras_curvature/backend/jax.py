@@ -221,17 +221,23 @@ class compiled:
         self, function: Callable[..., Any], jit_compile: bool | str = False
     ) -> None:
         self._traces = 0
+        self._jitted: dict[tuple[int, ...], Any] = {}
 
         def counted(*args: Any) -> Any:
             self._traces += 1
             _traces[0] += 1
             return _with(collections.OrderedDict, function(*_with(dict, args)))
 
-        self._jitted = jax.jit(counted)
+        self._function = counted
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
-        return _with(dict, self._jitted(*_with(collections.OrderedDict, args)))
+        # XLA must know how often something is repeated.
+        numbers = tuple(i for i, arg in enumerate(args) if type(arg) is int)
+        if numbers not in self._jitted:
+            self._jitted[numbers] = jax.jit(self._function, static_argnums=numbers)
+        jitted = self._jitted[numbers]
+        return _with(dict, jitted(*_with(collections.OrderedDict, args)))
 
     def traces(self) -> int:
         """Number of signatures compiled so far."""

@@ -231,6 +231,10 @@ def _assign(variables: Sequence[Any], values: Sequence[Tensor]) -> None:
         variable.assign(value)
 
 
+#: The option of TensorFlow's that leaves graphs as they are written.
+_AS_WRITTEN = "disable_meta_optimizer"
+
+
 class _Exactness:
     """What `twice_differentiable` changes in TensorFlow, and how it was before."""
 
@@ -238,6 +242,7 @@ class _Exactness:
     depth = 0
     originals: dict[tuple[Any, str], Any] = {}
     tensor_float_32 = False
+    rewrites = True
 
 
 @contextlib.contextmanager
@@ -246,7 +251,8 @@ def twice_differentiable() -> Iterator[None]:
 
     Within this context some public functions are replaced; see `_EXACT`. Graphs traced
     outside are not affected. TF32, whose matrix products are good to three digits, is
-    off.
+    off, and so is what rewrites graphs before they run, where there is no GPU: it takes
+    up to half of the time to the first product, and the next ones are no faster for it.
 
     The first one in changes TensorFlow and the last one out restores it. Nobody
     holds the lock in between: the threads of a strategy's replicas enter while the
@@ -261,6 +267,10 @@ def twice_differentiable() -> Iterator[None]:
                 tf.config.experimental.tensor_float_32_execution_enabled()
             )
             tf.config.experimental.enable_tensor_float_32_execution(False)
+            options = tf.config.optimizer.get_experimental_options()
+            _Exactness.rewrites = not options.get(_AS_WRITTEN, False)
+            if not tf.config.list_physical_devices("GPU"):
+                _rewrite(False)
         _Exactness.depth += 1
     try:
         yield
@@ -276,6 +286,12 @@ def twice_differentiable() -> Iterator[None]:
                 tf.config.experimental.enable_tensor_float_32_execution(
                     _Exactness.tensor_float_32
                 )
+                _rewrite(_Exactness.rewrites)
+
+
+def _rewrite(wanted: bool) -> None:
+    """Whether TensorFlow rewrites graphs before they first run (Grappler)."""
+    tf.config.optimizer.set_experimental_options({_AS_WRITTEN: not wanted})
 
 
 def _exact_moments(

@@ -125,6 +125,9 @@ def compiled(
     dispatch = _Dispatch()
 
     def call(*args: Any) -> Any:
+        if not jit_compile:
+            # XLA must know how often something is repeated.
+            args = tuple(tf.constant(a) if type(a) is int else a for a in args)
         given, before = arguments.numbered(args), _vectorizing.count
         try:
             return results.packed(dispatch(state["function"], given))

@@ -9,6 +9,7 @@ from keras_curvature.estimators.moments import (
     hutchinson_moments,
 )
 from keras_curvature.estimators.products import (
+    GROUP,
     Products,
     block_sums,
     seed_key,
@@ -31,6 +32,7 @@ __all__ = [
     "DominantSubspace",
     "Eigenvalues",
     "Estimate",
+    "GROUP",
     "MINIMUM_SAMPLES",
     "Moments",
     "Part",

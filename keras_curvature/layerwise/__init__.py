@@ -2,7 +2,12 @@
 
 from keras_curvature.layerwise.activations import ActivationDiagonal
 from keras_curvature.layerwise.checks import find_structure
-from keras_curvature.layerwise.exact import ExactDiagonal, Plan, least_matvecs
+from keras_curvature.layerwise.exact import (
+    ExactDiagonal,
+    Plan,
+    least_matvecs,
+    looks_curved,
+)
 from keras_curvature.layerwise.gauss_newton_diagonal import GaussNewtonDiagonal
 from keras_curvature.layerwise.sampled import LayerwiseDiagonal, Samples
 from keras_curvature.layerwise.split import SplitDiagonal
@@ -19,5 +24,6 @@ __all__ = [
     "Structure",
     "find_structure",
     "least_matvecs",
+    "looks_curved",
     "survey",
 ]

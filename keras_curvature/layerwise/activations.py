@@ -72,8 +72,7 @@ class ActivationDiagonal:
         Returns:
             Tensor `(K, width)` for K units in all layers, on the device.
         """
-        numbers = np.arange(start, start + width, dtype="int32")
-        samples: Tensor = self._samples(key, backend.array(numbers))
+        samples: Tensor = self._samples(key, backend.array(start, "int32"), width)
         return samples
 
     def exact(self) -> Tensor:
@@ -104,18 +103,24 @@ class ActivationDiagonal:
         return backend.record(loss, point), point
 
     def _draw(
-        self, state: State, batch: Batch, key: Tensor, numbers: Tensor, number: Tensor
+        self,
+        state: State,
+        batch: Batch,
+        key: Tensor,
+        start: Tensor,
+        width: Any,
+        number: Tensor,
     ) -> tuple[Tensor, Tensor]:
         recording, point = self._record(state, batch)
         multiply = recording.product(list(point), list(point))
 
         def sample(i: Any) -> Tensor:
-            own = backend.fold_in(backend.fold_in(key, numbers[i]), number)
+            own = backend.fold_in(backend.fold_in(key, start + i), number)
             v = random_like(backend.signs, point, own)
             u = multiply(v)
             return self._joined({place: v[place] * u[place] for place in point})
 
-        samples = backend.loop_range(sample, ops.shape(numbers)[0])
+        samples = backend.loop_range(sample, width)
         return recording.loss, ops.transpose(samples)
 
     def _by_basis(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ Basis vectors are folded into the batch axis, a bounded number at a time.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -47,6 +48,15 @@ FOLDED_ELEMENTS = 2**24
 #: A variable with more entries has a loop of its own in the parameter basis. The others
 #: share one: a loop takes as long to compile as thousands of small products to run.
 SHARED_ENTRIES = 2**12
+
+#: Activations that are linear in pieces.
+_PIECEWISE = (
+    None,
+    keras.activations.linear,
+    keras.activations.relu,
+    keras.activations.relu6,
+    keras.activations.leaky_relu,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +269,39 @@ def cheapest(
     return Plan(ways, total, num_outputs, noise)
 
 
-def least_matvecs(structure: Structure) -> int:
-    """What the cheapest plan takes at the least, before anything is certified."""
+def least_matvecs(structure: Structure, curved: Collection[int] = ()) -> int:
+    """What the cheapest plan takes at the least, before anything is certified.
+
+    Args:
+        structure: what is known of the model's layers.
+        curved: numbers of variables whose curvature is not all Gauss–Newton.
+    """
     if not structure.uses:
         return int(structure.loss.layout.size)
-    places = {use.place for use in structure.uses}
+    piecewise = {
+        use.place for use in structure.uses if not {*use.variables} & {*curved}
+    }
     outputs = structure.num_outputs
-    return cheapest(structure, set(structure.uses_of), places, outputs).num_matvecs
+    return cheapest(structure, {*structure.uses_of}, piecewise, outputs).num_matvecs
+
+
+def looks_curved(structure: Structure, budget: int) -> bool:
+    """Whether a plan within a budget asks for what activations hardly are: pieces.
+
+    The model's outputs are seen in front of theirs.
+
+    Args:
+        structure: what is known of the model's layers.
+        budget: number of products.
+    """
+    if least_matvecs(structure, range(len(structure.loss.variables))) <= budget:
+        return False
+    last = {o.layer for o in structure.outputs if isinstance(o, Place)}
+    return any(
+        getattr(use.layer, "activation", None) not in _PIECEWISE
+        for use in structure.uses
+        if use.place.layer not in last
+    )
 
 
 def by_parameters(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:

@@ -26,7 +26,6 @@ Two things take noise out of a sample, each at a price:
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import numpy as np
 from keras import ops
 
 from keras_curvature import backend
@@ -85,22 +84,27 @@ class Samples:
         Returns:
             Tensor `(P, width)`, on the device.
         """
-        numbers = np.arange(start, start + width, dtype="int32")
         given = [] if axes is None else [axes]
-        return self._mean(key, backend.array(numbers), *given)
+        return self._mean(key, backend.array(start, "int32"), width, *given)
 
     def _draw(
-        self, state: State, batch: Batch, key: Tensor, numbers: Tensor, *rest: Any
+        self,
+        state: State,
+        batch: Batch,
+        key: Tensor,
+        start: Tensor,
+        width: Any,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         *axes, number = rest
         loss, draw = self._prepared(state, batch, *axes)
 
         def sample(i: Any) -> Tensor:
             # Fresh signs for each sample and each batch of the data.
-            own = backend.fold_in(backend.fold_in(key, numbers[i]), number)
+            own = backend.fold_in(backend.fold_in(key, start + i), number)
             return self._layout.joined(draw(own))
 
-        samples = backend.loop_range(sample, ops.shape(numbers)[0])
+        samples = backend.loop_range(sample, width)
         return loss, ops.transpose(samples)
 
 

@@ -338,9 +338,14 @@ class HessianOperator:
         with backend.on(self.place):
             while start < count:
                 # Full groups and single products: two signatures, whatever the count.
-                width = most if count - start >= most else 1
+                # One that lacks a row is filled up, which costs less than the others
+                # one by one.
+                left = count - start
+                width = most if left >= most - 1 else 1
                 part = rows if width == count else rows[start : start + width]
-                results.append(self._products(part))
+                if width > left:
+                    part = ops.concatenate([part, ops.zeros_like(part[:1])])
+                results.append(self._products(part)[:left])
                 start += width
             if len(results) == 1:
                 return results[0]
