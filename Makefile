@@ -20,7 +20,7 @@ BACKENDS := tensorflow jax torch
 help:
 	@echo "make demo   train a small model with the monitor, print what happened"
 	@echo "make test   run the tests on TensorFlow, JAX and PyTorch"
-	@echo "make test-all   also run them on further networks"
+	@echo "make test-all   run all rows of their tables, and what takes longest"
 	@echo "make test-accelerator   run what needs a GPU or TPU, where there is one"
 	@echo "make lint   check style and types"
 	@echo "make api    write docs/api.md from the docstrings"

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.parameters import cut
 
 #: Figures of the diagonal, in the order in which they are computed.
 _STATISTICS = (
@@ -249,29 +250,29 @@ def _summarize(sizes, inner_edges):
     """
 
     def summarize(flat):
-        statistics, counts, start = [], [], 0
-        edges = ops.convert_to_tensor(inner_edges, flat.dtype)
-        for size in sizes:
-            h = flat[start : start + size]
-            start += size
-            statistics.append(
-                ops.stack(
-                    [
-                        ops.mean(h),
-                        ops.mean(ops.abs(h)),
-                        ops.max(h),
-                        ops.min(h),
-                        ops.mean(ops.cast(h < 0, h.dtype)),
-                    ]
-                )
-            )
-            bins = ops.searchsorted(edges, h, side="right")
+        parts = cut(flat, sizes)
+        totals = [
+            [ops.sum(part) for part in cut(x, sizes)]
+            for x in (flat, ops.abs(flat), ops.cast(flat < 0, flat.dtype))
+        ]
+        mean, mean_abs, negative = (
+            ops.stack(total) / ops.convert_to_tensor(sizes, flat.dtype)
+            for total in totals
+        )
+        largest, least = (
+            ops.stack([extreme(part) for part in parts])
+            for extreme in (ops.max, ops.min)
+        )
+        edges, counts = ops.convert_to_tensor(inner_edges, flat.dtype), []
+        for part in parts:
+            bins = ops.searchsorted(edges, part, side="right")
             counts.append(
                 ops.segment_sum(
                     ops.ones_like(bins), bins, num_segments=len(inner_edges) + 1
                 )
             )
-        return ops.stack(statistics), ops.stack(counts)
+        statistics = ops.stack([mean, mean_abs, largest, least, negative], axis=1)
+        return statistics, ops.stack(counts)
 
     return backend.compiled(summarize)
 

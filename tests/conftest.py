@@ -78,10 +78,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.option.brief:
-        kept, left = [], []
-        for item in items:
-            (left if thorough.is_thorough(item.nodeid) else kept).append(item)
-        items[:] = kept
+        names = thorough.left_out([item.nodeid for item in items])
+        left = [item for item in items if item.nodeid in names]
+        items[:] = [item for item in items if item.nodeid not in names]
         config.hook.pytest_deselected(items=left)
 
 
