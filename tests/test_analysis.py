@@ -10,6 +10,7 @@ import cases
 import keras
 import numpy as np
 import pytest
+from keras import layers, ops
 
 import keras_curvature as kc
 from keras_curvature import analysis, backend, diagonal
@@ -150,6 +151,45 @@ def test_auto_samples_what_is_dear(monkeypatch):
     assert kc.hessian_trace(operator("mlp_gelu")).standard_error > 0
     norm = kc.hessian_frobenius_norm(operator("mlp_relu"))
     assert norm.standard_error > 0 and norm.num_matvecs == 32
+
+
+def network(activation, normalized=False):
+    """A classifier whose exact diagonal takes few passes if it has no curved layer."""
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(12, activation) for _ in range(2)]
+    if normalized:
+        hidden.insert(1, layers.BatchNormalization())
+    model = keras.Sequential([layers.Input((8,)), *hidden, layers.Dense(3)])
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    rng = np.random.default_rng(0)
+    return kc.HessianOperator(model, rng.standard_normal((6, 8)), np.arange(6) % 3)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (functools.partial(network, "gelu"), "Gauss-Newton part, and the rest"),
+        (functools.partial(network, "relu", normalized=True), "along parameters"),
+    ],
+)
+def test_nothing_is_certified_where_no_certificate_can_help(made, words, monkeypatch):
+    """Certificates take as long to compile as all else together."""
+    monkeypatch.setattr(diagonal, "AFFORDABLE_MATVECS", 16)
+    monkeypatch.setattr(
+        diagonal.ExactDiagonal, "plan", lambda self, seed: pytest.fail("certified")
+    )
+    estimate = kc.hessian_diagonal(made())
+    assert all(words in way for way in estimate.ways.values())
+
+
+def test_a_layer_that_only_looks_curved_does_not_cost_the_exact_diagonal(monkeypatch):
+    monkeypatch.setattr(diagonal, "AFFORDABLE_MATVECS", 16)
+    op = network(lambda x: ops.maximum(x, 0.1 * x))
+    estimate = kc.hessian_diagonal(op)
+    assert estimate.num_matvecs == 3
+    close(flat(estimate.value), np.diag(op.to_dense()))
 
 
 def test_auto_norm_is_exact_for_few_parameters():

@@ -1,9 +1,9 @@
 """What `make test` leaves to `make test-all`: the same once more, on something else.
 
 Where graphs are compiled they take nearly all of the time. Of a table of parameters
-`make test` runs one row, in each test another one, so that each row of a table that many
-tests share is run by some; of the named cases those of `CORE`, which share what is
-compiled; and of the tests that take longest those that nothing else stands for.
+`make test` runs one row, in each test another one, so that each row of a table that
+many tests share is run by some; of the named cases those of `CORE`, which share what is
+compiled; and of the tests that take longest those that no other one stands for.
 """
 
 import collections

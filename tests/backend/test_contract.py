@@ -520,6 +520,18 @@ def test_compiled_functions_take_none():
     assert float(function({"a": two, "b": None}, None, None)) == 2
 
 
+def test_integers_say_how_often_something_is_repeated():
+    x = backend.array(np.arange(6), "float32")
+    repeated = backend.compiled(
+        lambda x, count: backend.loop_range(lambda i: x[i] ** 2, count)
+    )
+    for count in (1, 2, 5, 2):
+        found = ops.convert_to_numpy(repeated(x, count))
+        np.testing.assert_array_equal(found, np.arange(count) ** 2.0)
+    if keras.backend.backend() == "tensorflow":
+        assert repeated.traces() == 1
+
+
 @pytest.mark.parametrize("loop", [backend.map_range, backend.loop_range])
 @pytest.mark.parametrize("count", [1, 4])
 def test_ranges(loop, count):

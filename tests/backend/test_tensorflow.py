@@ -570,3 +570,26 @@ def test_outline_captures_variables():
     outline = backend.outline(lambda a: [x * a, x, tf.gather(x, [0])], tf.constant(1.0))
     assert [shape.shape for shape in outline.shapes] == [(2,), (2,), (1,)]
     assert outline.origins == [frozenset({0}), frozenset(), frozenset()]
+
+
+def test_graphs_run_as_they_are_written():
+    """Without a GPU, and TensorFlow does with others what it did before."""
+
+    def left_as_written():
+        options = tf.config.optimizer.get_experimental_options()
+        return options.get("disable_meta_optimizer", False)
+
+    assert not left_as_written()
+    with backend.twice_differentiable():
+        assert left_as_written()
+        with backend.twice_differentiable():
+            assert left_as_written()
+        assert left_as_written()
+    assert not left_as_written()
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    try:
+        with backend.twice_differentiable():
+            assert left_as_written()
+        assert left_as_written()
+    finally:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
