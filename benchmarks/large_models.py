@@ -10,6 +10,8 @@ share of them.
     python benchmarks/large_models.py                     # all
     python benchmarks/large_models.py ResNet-50 jax       # one
     python benchmarks/large_models.py --products          # without probes
+
+Rows are kept until they are measured anew, and have the date of that.
 """
 
 import json
@@ -18,6 +20,8 @@ import resource
 import subprocess
 import sys
 import time
+
+import measure
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -123,10 +127,15 @@ def run(networks=tuple(NETWORKS), backends=BACKENDS, options=()):
             yield row
 
 
+def before():
+    """The rows that were measured before; what is measured anew takes their places."""
+    path = measure.RESULTS / "large_models.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
 def work(network, probes=True):
     """Measures one network in this process; returns a row."""
     import keras
-    import measure
 
     import keras_curvature as kc
 
@@ -139,6 +148,7 @@ def work(network, probes=True):
     row = {
         "network": network,
         "backend": keras.backend.backend(),
+        "date": time.strftime("%Y-%m-%d"),
         "parameters": model.count_params(),
     }
     fit = {"x": x, "y": y, "batch_size": len(y), "verbose": 0}
@@ -173,8 +183,6 @@ class _Timed:
         self.place, self.still = operator.place, operator.still
 
     def times_rows(self, rows):
-        import measure
-
         start = time.process_time()
         products = self._operator.times_rows(rows)
         measure.on_host(products[:1, :1])
@@ -184,8 +192,6 @@ class _Timed:
 
 def _updates(op, num_matvecs=12, rounds=3):
     """What updates of a kept subspace cost."""
-    import measure
-
     from keras_curvature.estimators import DominantSubspace
 
     subspace, timed = DominantSubspace(), _Timed(op)
@@ -246,13 +252,11 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         print(json.dumps(work(sys.argv[2], "--products" not in sys.argv)))
     else:
-        import measure
-
         chosen = [a for a in sys.argv[1:] if a in NETWORKS] or tuple(NETWORKS)
         backends = [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS
         options = [a for a in sys.argv[1:] if a == "--products"]
-        results = []
+        known = {(row["network"], row["backend"]): row for row in before()}
         for row in run(chosen, backends, options):
-            results.append(row)
-            measure.save("large_models", results)
-        measure.print_table("Networks of real size", results)
+            known[row["network"], row["backend"]] = row
+            measure.save("large_models", list(known.values()))
+        measure.print_table("Networks of real size", list(known.values()))
