@@ -37,7 +37,7 @@ ROOMS = {
         "parameters",
         "selection",
     },
-    "gradients": {"backend", "evaluation"},
+    "gradients": {"backend", "evaluation", "parameters"},
     "layerwise": {
         "axes",
         "backend",
@@ -47,7 +47,7 @@ ROOMS = {
         "loss",
     },
     "estimators": {"backend"},
-    "record": {"backend"},
+    "record": {"backend", "parameters"},
     "split_diagonal": {
         "backend",
         "estimators",
