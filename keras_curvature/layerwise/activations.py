@@ -26,6 +26,7 @@ from keras_curvature.layerwise.checks import find_outputs
 from keras_curvature.layerwise.exact import folded
 from keras_curvature.layerwise.opened import Place
 from keras_curvature.layerwise.recording import OpenedLoss, random_like
+from keras_curvature.layerwise.sampled import Draw, Samples
 from keras_curvature.layerwise.structure import Use
 from keras_curvature.loss import State, unique_names
 
@@ -42,6 +43,7 @@ class ActivationDiagonal:
         num_matvecs: products that the exact diagonal takes; infinite where it is not
             to be had because samples interact or outputs have no fixed size.
         samples_interact: whether samples interact.
+        samples: `Samples` of the diagonal, an entry for each unit of all layers.
     """
 
     def __init__(self, evaluation: Evaluation):
@@ -53,27 +55,13 @@ class ActivationDiagonal:
         self.num_matvecs: float = sum(use.size for use in self._structure.uses)
         if self.samples_interact:
             self.num_matvecs = math.inf
-        self._samples = evaluation.mean_of(self._draw, numbered=True)
+        self.samples = Samples(evaluation, self._prepared, self._joined)
         self._exact = evaluation.mean_of(self._by_basis)
 
     @property
     def sizes(self) -> list[int]:
         """Number of units of each layer."""
         return [math.prod(shape) for shape in self.shapes.values()]
-
-    def samples(self, key: Tensor, start: int, width: int) -> Tensor:
-        """Samples number `start … start + width − 1` of the diagonal.
-
-        Args:
-            key: a key, for `backend.fold_in`.
-            start: number of the first one.
-            width: how many.
-
-        Returns:
-            Tensor `(K, width)` for K units in all layers, on the device.
-        """
-        samples: Tensor = self._samples(key, backend.array(start, "int32"), width)
-        return samples
 
     def exact(self) -> Tensor:
         """The exact diagonal, `(K,)`; right where `num_matvecs` is finite."""
@@ -102,26 +90,16 @@ class ActivationDiagonal:
 
         return backend.record(loss, point), point
 
-    def _draw(
-        self,
-        state: State,
-        batch: Batch,
-        key: Tensor,
-        start: Tensor,
-        width: Any,
-        number: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _prepared(self, state: State, batch: Batch) -> tuple[Tensor, Draw]:
         recording, point = self._record(state, batch)
         multiply = recording.product(list(point), list(point))
 
-        def sample(i: Any) -> Tensor:
-            own = backend.fold_in(backend.fold_in(key, start + i), number)
-            v = random_like(backend.signs, point, own)
+        def draw(key: Tensor) -> dict[Any, Tensor]:
+            v = random_like(backend.signs, point, key)
             u = multiply(v)
-            return self._joined({place: v[place] * u[place] for place in point})
+            return {place: v[place] * u[place] for place in point}
 
-        samples = backend.loop_range(sample, width)
-        return recording.loss, ops.transpose(samples)
+        return recording.loss, draw
 
     def _by_basis(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         recording, point = self._record(state, batch)

@@ -43,7 +43,8 @@ from keras_curvature.layerwise.structure import Name, Structure
 from keras_curvature.loss import State
 
 #: One sample of the diagonal, a tensor for each variable, from a key; while tracing.
-Draw: TypeAlias = Callable[[Tensor], list[Tensor]]
+#: Or of another diagonal, in the parts that `Samples` is told how to join.
+Draw: TypeAlias = Callable[[Tensor], Any]
 
 #: The loss, and what draws samples; from state, batch, and axes where there are some.
 Prepared: TypeAlias = Callable[..., tuple[Tensor, Draw]]
@@ -56,17 +57,19 @@ class Samples:
         evaluation: of a `TrainingLoss`.
         prepared: pure function of state and batch, and of axes where samples are asked
             for in some, to the loss and a `Draw`.
+        joined: puts what is drawn side by side in one flat tensor; by default the
+            parts of the variables.
     """
 
-    def __init__(self, evaluation: Evaluation, prepared: Prepared):
-        self._layout = evaluation.loss.layout
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        prepared: Prepared,
+        joined: Callable[[Any], Tensor] | None = None,
+    ):
+        self._joined = joined or evaluation.loss.layout.joined
         self._prepared = prepared
         self._mean = evaluation.mean_of(self._draw, numbered=True)
-
-    @property
-    def size(self) -> int:
-        """P, the number of entries of the diagonal."""
-        return self._layout.size
 
     def __call__(
         self, key: Tensor, start: int, width: int, axes: list[Axes] | None = None
@@ -102,7 +105,7 @@ class Samples:
         def sample(i: Any) -> Tensor:
             # Fresh signs for each sample and each batch of the data.
             own = backend.fold_in(backend.fold_in(key, start + i), number)
-            return self._layout.joined(draw(own))
+            return self._joined(draw(own))
 
         samples = backend.loop_range(sample, width)
         return loss, ops.transpose(samples)
