@@ -62,7 +62,6 @@ class SplitMoments:
         self._sizes = tuple(evaluation.loss.layout.sizes)
         self._kinds: dict[bool, tuple[str, ...]] = {}
         self._noise: dict[bool, float] = {}
-        self._tried: dict[str, estimators.Part] = {}
         self._curved: set[int] | None = None
 
     def moments(
@@ -143,10 +142,9 @@ class SplitMoments:
             return choices[0]
         g = self._try("", operator)
         tried = {
-            kind: self._try(kind, operator)
+            kind: self._try(kind, operator, g.mean)
             for kind in dict.fromkeys(itertools.chain(*choices))
         }
-        self._tried = {}
         # Of one product, and of a backward pass.
         noise = {kind: p.count * self._by_block(p.error) for kind, p in tried.items()}
         of_g = g.count * self._by_block(g.error)
@@ -179,23 +177,20 @@ class SplitMoments:
         if self._curved is None:
             self._curved = set()
             if "layers" in self.parts.rest:
-                parts = [self._try(kind, operator) for kind in ("", "layers")]
-                g, rest = (self._by_block(part.mean) for part in parts)
-                self._curved.update(np.flatnonzero(rest > _CURVED**2 * g).tolist())
-            if not self._curved:
-                self._tried = {}
+                g = self._try("", operator).mean
+                rest = self._try("layers", operator, g).mean
+                sizes = self._by_block(rest), _CURVED**2 * self._by_block(g)
+                self._curved.update(np.flatnonzero(np.greater(*sizes)).tolist())
         return self._curved
 
-    def _try(self, kind: str, operator: HessianOperator) -> estimators.Part:
-        """A few samples to choose by, kept until kinds are chosen."""
-        if kind not in self._tried:
-            quiet = self._try("", operator).mean if kind else None
-            # Of products, as many as are compiled together.
-            count = estimators.GROUP if kind == WHOLE else _TRIED
-            going = _Going(None, 0).with_price(0.0)
-            samples = self._samples(kind, operator, 0, _CHOICE)
-            self._tried[kind] = samples.drawn(count, going, quiet)
-        return self._tried[kind]
+    def _try(
+        self, kind: str, operator: HessianOperator, quiet: Tensor | None = None
+    ) -> estimators.Part:
+        """A few samples to choose by."""
+        # Of products, as many as are compiled together.
+        count = estimators.GROUP if kind == WHOLE else _TRIED
+        samples = self._samples(kind, operator, 0, _CHOICE)
+        return samples.drawn(count, _Going(None, 0).with_price(0.0), quiet)
 
     def _look_whether_chosen_still(
         self, shrink: bool, quiet: estimators.Part, noisy: list[estimators.Part]
