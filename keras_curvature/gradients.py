@@ -79,7 +79,7 @@ class Gradients:
         """
         operator = self._operator
         layout = operator.evaluation.loss.layout
-        _, gradient = operator.value_and_gradient()
+        loss, gradient = operator.value_and_gradient()
         with backend.on(operator.place):
             values = operator.evaluation.state().values
             weights = _joiner(layout)(values)
@@ -96,10 +96,10 @@ class Gradients:
             norms,
             sizes,
             moved / steps**2 if steps > 0 else None,
-            self._noise_scale(gradient),
+            self._noise_scale(loss, gradient),
         )
 
-    def _noise_scale(self, gradient: Tensor) -> float | None:
+    def _noise_scale(self, loss: Tensor, gradient: Tensor) -> float | None:
         data = self._operator.evaluation.data
         parts = data.in_equal_parts(8) if self._separable else None
         if parts is None:
@@ -110,11 +110,10 @@ class Gradients:
             self._mean_of_parts = self._parts.mean_of(self._part)
             # Samples that meet in the statistics of a batch show in the losses
             # already, which compile sooner than gradients.
-            state = whole.state()
-            losses = [
-                float(ops.convert_to_numpy(e.loss_at(state)))
-                for e in (whole, self._parts)
-            ]
+            losses = (
+                float(ops.convert_to_numpy(mean))
+                for mean in (loss, self._parts.mean_loss())
+            )
             if not math.isclose(*losses, rel_tol=_RELATIVE):
                 self._separable = False
                 return None

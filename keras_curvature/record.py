@@ -251,18 +251,18 @@ def _summarize(sizes, inner_edges):
 
     def summarize(flat):
         parts = cut(flat, sizes)
-        totals = [
-            [ops.sum(part) for part in cut(x, sizes)]
-            for x in (flat, ops.abs(flat), ops.cast(flat < 0, flat.dtype))
+        absolute = cut(ops.abs(flat), sizes)
+        negative = cut(ops.cast(flat < 0, flat.dtype), sizes)
+        columns = [
+            [figure(part) for part in of]
+            for figure, of in (
+                (ops.mean, parts),
+                (ops.mean, absolute),
+                (ops.max, parts),
+                (ops.min, parts),
+                (ops.mean, negative),
+            )
         ]
-        mean, mean_abs, negative = (
-            ops.stack(total) / ops.convert_to_tensor(sizes, flat.dtype)
-            for total in totals
-        )
-        largest, least = (
-            ops.stack([extreme(part) for part in parts])
-            for extreme in (ops.max, ops.min)
-        )
         edges, counts = ops.convert_to_tensor(inner_edges, flat.dtype), []
         for part in parts:
             bins = ops.searchsorted(edges, part, side="right")
@@ -271,7 +271,7 @@ def _summarize(sizes, inner_edges):
                     ops.ones_like(bins), bins, num_segments=len(inner_edges) + 1
                 )
             )
-        statistics = ops.stack([mean, mean_abs, largest, least, negative], axis=1)
+        statistics = ops.stack([ops.stack(column) for column in columns], axis=1)
         return statistics, ops.stack(counts)
 
     return backend.compiled(summarize)

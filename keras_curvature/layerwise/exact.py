@@ -276,8 +276,6 @@ def least_matvecs(structure: Structure, curved: Collection[int] = ()) -> int:
         structure: what is known of the model's layers.
         curved: numbers of variables whose curvature is not all Gauss–Newton.
     """
-    if not structure.uses:
-        return int(structure.loss.layout.size)
     piecewise = {
         use.place for use in structure.uses if not {*use.variables} & {*curved}
     }
