@@ -81,8 +81,8 @@ def save(name, results):
 
 
 def print_table(title, rows):
-    """Prints dictionaries with the same keys as a table."""
-    columns = list(rows[0])
+    """Prints dictionaries as a table; a row need not have all of its columns."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(map(len, col)) for col in zip(columns, *cells, strict=True)]
     print(f"\n{title}")
