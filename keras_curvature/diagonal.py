@@ -136,12 +136,9 @@ def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
         operator: a `HessianOperator`.
         usual: whether nothing was asked for that only layerwise samples know.
     """
-    if not _opens(operator):
-        return "hutchinson"
     # Known before it is found out whether samples interact, which takes longer.
-    if usual and operator.evaluation.once(survey)[0].statistics:
-        return "hutchinson"
-    if not has_layers(operator):
+    meet = _opens(operator) and operator.evaluation.once(survey)[0].statistics
+    if (usual and meet) or not has_layers(operator):
         return "hutchinson"
     return "shrunk" if usual and is_split(operator) else "layerwise"
 

@@ -242,7 +242,7 @@ class _Exactness:
     depth = 0
     originals: dict[tuple[Any, str], Any] = {}
     tensor_float_32 = False
-    rewrites = True
+    as_written = False
 
 
 @contextlib.contextmanager
@@ -268,9 +268,9 @@ def twice_differentiable() -> Iterator[None]:
             )
             tf.config.experimental.enable_tensor_float_32_execution(False)
             options = tf.config.optimizer.get_experimental_options()
-            _Exactness.rewrites = not options.get(_AS_WRITTEN, False)
+            _Exactness.as_written = options.get(_AS_WRITTEN, False)
             if not tf.config.list_physical_devices("GPU"):
-                _rewrite(False)
+                _leave_as_written(True)
         _Exactness.depth += 1
     try:
         yield
@@ -286,12 +286,12 @@ def twice_differentiable() -> Iterator[None]:
                 tf.config.experimental.enable_tensor_float_32_execution(
                     _Exactness.tensor_float_32
                 )
-                _rewrite(_Exactness.rewrites)
+                _leave_as_written(_Exactness.as_written)
 
 
-def _rewrite(wanted: bool) -> None:
-    """Whether TensorFlow rewrites graphs before they first run (Grappler)."""
-    tf.config.optimizer.set_experimental_options({_AS_WRITTEN: not wanted})
+def _leave_as_written(wanted: bool) -> None:
+    """Whether TensorFlow rewrites no graphs before they first run (by Grappler)."""
+    tf.config.optimizer.set_experimental_options({_AS_WRITTEN: wanted})
 
 
 def _exact_moments(
