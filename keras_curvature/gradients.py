@@ -28,7 +28,6 @@ from keras import ops
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
 from keras_curvature.evaluation import Evaluation, of_values
-from keras_curvature.parameters import cut
 
 #: How far the gradient of the parts may be from that of the whole: what float32 does,
 #: relative to the gradient and to the gradients that it is the mean of.
@@ -170,9 +169,9 @@ def _squares(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     """Compiled: squared norms of the blocks of gradient, weights and change."""
 
     def measure(gradient: Tensor, weights: Tensor, before: Tensor) -> Tensor:
-        return ops.stack(
+        return ops.concatenate(
             [
-                ops.stack([ops.sum(part) for part in cut(ops.square(flat), sizes)])
+                backend.over_blocks("sum", ops.square(flat)[None], sizes)
                 for flat in (gradient, weights, weights - before)
             ]
         )

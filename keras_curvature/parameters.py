@@ -13,15 +13,6 @@ from keras_curvature import backend
 from keras_curvature.backend import Tensor
 
 
-def cut(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """A flat tensor in consecutive pieces, in one operation.
-
-    A graph that takes each piece by itself has four operations for each.
-    """
-    ends = np.cumsum(sizes).tolist()
-    return list(ops.split(flat, ends[:-1])) if len(sizes) > 1 else [flat]
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where each parameter array lies in a flat vector of length P.

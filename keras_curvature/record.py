@@ -11,7 +11,6 @@ import numpy as np
 from keras import ops
 
 from keras_curvature import backend
-from keras_curvature.parameters import cut
 
 #: Figures of the diagonal, in the order in which they are computed.
 _STATISTICS = (
@@ -249,30 +248,26 @@ def _summarize(sizes, inner_edges):
     Only these leave the device.
     """
 
+    def over_blocks(kind, flat):
+        return backend.over_blocks(kind, flat[None], sizes)[0]
+
     def summarize(flat):
-        parts = cut(flat, sizes)
-        absolute = cut(ops.abs(flat), sizes)
-        negative = cut(ops.cast(flat < 0, flat.dtype), sizes)
+        lengths = ops.convert_to_tensor(sizes, flat.dtype)
         columns = [
-            [figure(part) for part in of]
-            for figure, of in (
-                (ops.mean, parts),
-                (ops.mean, absolute),
-                (ops.max, parts),
-                (ops.min, parts),
-                (ops.mean, negative),
-            )
+            over_blocks("sum", flat) / lengths,
+            over_blocks("sum", ops.abs(flat)) / lengths,
+            over_blocks("max", flat),
+            over_blocks("min", flat),
+            over_blocks("sum", ops.cast(flat < 0, flat.dtype)) / lengths,
         ]
-        edges, counts = ops.convert_to_tensor(inner_edges, flat.dtype), []
-        for part in parts:
-            bins = ops.searchsorted(edges, part, side="right")
-            counts.append(
-                ops.segment_sum(
-                    ops.ones_like(bins), bins, num_segments=len(inner_edges) + 1
-                )
-            )
-        statistics = ops.stack([ops.stack(column) for column in columns], axis=1)
-        return statistics, ops.stack(counts)
+        shape = len(sizes), len(inner_edges) + 1
+        edges = ops.convert_to_tensor(inner_edges, flat.dtype)
+        bins = ops.cast(ops.searchsorted(edges, flat, side="right"), "int32")
+        bins = backend.block_numbers(sizes) * shape[1] + bins
+        counts = ops.segment_sum(
+            ops.ones_like(bins), bins, num_segments=math.prod(shape)
+        )
+        return ops.stack(columns, axis=1), ops.reshape(counts, shape)
 
     return backend.compiled(summarize)
 

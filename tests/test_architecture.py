@@ -37,7 +37,7 @@ ROOMS = {
         "parameters",
         "selection",
     },
-    "gradients": {"backend", "evaluation", "parameters"},
+    "gradients": {"backend", "evaluation"},
     "layerwise": {
         "axes",
         "backend",
@@ -47,7 +47,7 @@ ROOMS = {
         "loss",
     },
     "estimators": {"backend"},
-    "record": {"backend", "parameters"},
+    "record": {"backend"},
     "split_diagonal": {
         "backend",
         "estimators",

@@ -39,6 +39,7 @@ else:
 PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
 RECOMPUTES = _backend.RECOMPUTES
 array = _backend.array
+block_numbers = _backend.block_numbers
 compiled = _backend.compiled
 computed_bytes = _backend.computed_bytes
 current_trace = _backend.current_trace
@@ -58,6 +59,7 @@ num_traces = _backend.num_traces
 on = _backend.on
 on_variables = _backend.on_variables
 outline = _backend.outline
+over_blocks = _backend.over_blocks
 place_of = _backend.place_of
 placed = _backend.placed
 process = _backend.process
@@ -84,6 +86,7 @@ __all__ = [
     "Shape",
     "Tensor",
     "array",
+    "block_numbers",
     "compiled",
     "computed_bytes",
     "current_trace",
@@ -104,6 +107,7 @@ __all__ = [
     "on",
     "on_variables",
     "outline",
+    "over_blocks",
     "place_of",
     "placed",
     "process",

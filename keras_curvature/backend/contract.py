@@ -32,6 +32,8 @@ Conventions:
 | `loop_range(function, count)` | the same, one after the other: the memory of one. `count` may be a tensor where a dimension varies from call to call |
 | `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
 | `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
+| `over_blocks(kind, rows, sizes)` | `(k, V)`: the `"sum"`, `"max"` or `"min"` of each of V consecutive blocks of the entries of `rows`, `(k, P)`; sums along many entries as exact as the framework's are along the last axis |
+| `block_numbers(sizes)` | `(P,)`, `int32`: the number of the block that each entry is in |
 | `signs(shape, key, dtype)` | independent random signs ±1 |
 | `normal(shape, key, dtype)` | independent standard normal numbers |
 | `fold_in(key, number)` | another key for each number |

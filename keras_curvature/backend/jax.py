@@ -415,6 +415,50 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+# Blocks of entries
+
+#: What is reduced, what does not count, and how the pieces of a block are put together.
+_OVER_BLOCKS: dict[str, tuple[Callable[..., Tensor], float, Callable[..., Tensor]]] = {
+    "sum": (jnp.sum, 0, jax.ops.segment_sum),
+    "max": (jnp.max, -jnp.inf, jax.ops.segment_max),
+    "min": (jnp.min, jnp.inf, jax.ops.segment_min),
+}
+
+
+def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """See the contract.
+
+    XLA compiles an operation for each size anew, 40 ms each on a CPU. So all pieces
+    that are reduced have one length, at most two of them a block in the mean.
+    """
+    reduce, nothing, together = _OVER_BLOCKS[kind]
+    size, ends = sum(sizes), np.cumsum(sizes)
+    length = max(1, -(-size // len(sizes)))
+    blocks = np.repeat(np.arange(len(sizes)), -(-np.array(sizes) // length))
+    within = np.arange(len(blocks)) - np.searchsorted(blocks, blocks)
+    starts = (ends - sizes)[blocks] + length * within
+    stops = np.minimum(starts + length, ends[blocks])
+
+    def piece(bounds: Tensor) -> Tensor:
+        # The last ones would reach beyond the end.
+        start = jnp.minimum(bounds[0], size - length)
+        entries = start + jnp.arange(length)
+        counts = (entries >= bounds[0]) & (entries < bounds[1])
+        part = lax.dynamic_slice_in_dim(rows, start, length, axis=1)
+        return reduce(jnp.where(counts, part, nothing), axis=1)
+
+    pieces = lax.map(piece, jnp.stack([starts, stops], axis=1))
+    return together(pieces, blocks, len(sizes), indices_are_sorted=True).T
+
+
+def block_numbers(sizes: Sequence[int]) -> Tensor:
+    """See the contract."""
+    ends = np.cumsum(sizes)
+    # XLA would count at compilation, which takes it a minute for 10^6 entries.
+    ends = lax.optimization_barrier(jnp.asarray(ends[:-1], "int32"))
+    return jnp.cumsum(jnp.zeros(sum(sizes), "int32").at[ends].add(1))
+
+
 # Random numbers
 
 

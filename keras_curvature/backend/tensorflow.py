@@ -451,6 +451,26 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+# Blocks of entries
+
+_OVER_BLOCKS = {"sum": tf.reduce_sum, "max": tf.reduce_max, "min": tf.reduce_min}
+
+
+def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """See the contract.
+
+    Along the last axis TensorFlow adds in a tree. Along the first one it adds one
+    number after the other, and is off by 2 to 9 % after 10^7 in float32.
+    """
+    parts = tf.split(rows, list(sizes), axis=1)
+    return tf.stack([_OVER_BLOCKS[kind](part, axis=1) for part in parts], axis=1)
+
+
+def block_numbers(sizes: Sequence[int]) -> Tensor:
+    """See the contract."""
+    return tf.repeat(tf.range(len(sizes)), list(sizes))
+
+
 # Random numbers
 
 # `tf.random` reads a key in thirty operations, of which a graph with many keys is full.

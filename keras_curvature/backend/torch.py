@@ -298,6 +298,25 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return total
 
 
+# Blocks of entries
+
+_OVER_BLOCKS = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+
+
+def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """See the contract."""
+    parts = torch.split(rows, list(sizes), dim=1)
+    return torch.stack([_OVER_BLOCKS[kind](part, dim=1) for part in parts], dim=1)
+
+
+def block_numbers(sizes: Sequence[int]) -> Tensor:
+    """See the contract."""
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device=_place())
+    return torch.repeat_interleave(
+        numbers, torch.tensor(sizes, device=_place()), output_size=sum(sizes)
+    )
+
+
 # Random numbers
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from keras_curvature.backend import Tensor, array, compiled
+from keras_curvature.backend import Tensor, array, block_numbers, compiled
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
 from keras_curvature.estimators.products import GROUP, block_sums, to_host
@@ -259,18 +259,20 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
         means: list[Tensor], errors: list[Tensor], rows: Tensor, degrees: Tensor
     ) -> tuple[Tensor, Tensor]:
         parts, g = range(len(means)), means[0]
-        by_entry = ops.repeat(rows, np.array(block_sizes), axis=1)
-        weights = [by_entry[i] for i in parts]
-        common = [by_entry[len(means) + i] for i in parts]
+        numbers = block_numbers(block_sizes)
+
+        def by_entry(of_blocks: Tensor) -> Tensor:
+            return ops.take(of_blocks, numbers, axis=0)
+
+        weights = [by_entry(rows[i]) for i in parts]
+        common = [by_entry(rows[len(means) + i]) for i in parts]
         slope, slope_error, kept, missed = (
-            by_entry[2 * len(means) + i] for i in range(4)
+            by_entry(rows[2 * len(means) + i]) for i in range(4)
         )
         # Noise, and what is missed, is partly the same in all entries of a block, and
         # goes partly with g: of g itself all of it does.
         squares = ops.square(g)
-        sizes = ops.repeat(
-            _mean_squares(squares, block_sizes), np.array(block_sizes), axis=0
-        )
+        sizes = by_entry(_mean_squares(squares, block_sizes))
         shape = (squares + sizes) / 2
         shares = [kept * weight for weight in weights]
         shares[0] = shares[0] + (1 + slope) * (1 - kept)

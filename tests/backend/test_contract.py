@@ -596,6 +596,47 @@ def test_sum_chunks(rows):
     assert all(n is None or n <= rows for n in seen)
 
 
+@pytest.mark.parametrize("sizes", [(7,), (1, 5), (3, 1, 1, 20, 4), (40, 1, 2)])
+@pytest.mark.parametrize("kind", ["sum", "max", "min"])
+def test_over_blocks(kind, sizes):
+    rows = numbers(3, sum(sizes)) - 1
+    parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+    expected = np.stack([getattr(part, kind)(axis=1) for part in parts], axis=1)
+
+    def function(rows):
+        return backend.over_blocks(kind, rows, sizes)
+
+    for run in (function, backend.compiled(function)):
+        found = run(backend.array(rows, "float32"))
+        assert is_of(found, (3, len(sizes)), "float32")
+        assert_close(found, expected)
+
+
+def test_what_is_not_a_number_stays_in_its_block():
+    rows = backend.array([[1.0, np.nan, 2.0, 3.0, np.inf, 1.0]], "float32")
+    sums = backend.over_blocks("sum", rows, (2, 2, 2))
+    np.testing.assert_array_equal(ops.convert_to_numpy(sums), [[np.nan, 5, np.inf]])
+
+
+def test_sums_over_empty_blocks():
+    sums = backend.over_blocks("sum", backend.array([[1.0, 2.0]], "float32"), (0, 2, 0))
+    np.testing.assert_array_equal(ops.convert_to_numpy(sums), [[0, 3, 0]])
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 0, 1, 4), (0, 2), (1, 0)])
+def test_block_numbers(sizes):
+    for function in (backend.block_numbers, lambda sizes: compiled_numbers(sizes)):
+        found = function(sizes)
+        assert is_of(found, (sum(sizes),), "int32")
+        expected = np.repeat(np.arange(len(sizes)), sizes)
+        np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
+
+
+def compiled_numbers(sizes):
+    zero = backend.array(0, "int32")
+    return backend.compiled(lambda zero: zero + backend.block_numbers(sizes))(zero)
+
+
 def test_current_trace():
     """Where the trace is the same, tensors made earlier can be used."""
     seen = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -566,3 +567,28 @@ def test_without_float64_and_without_tensorflow():
         "product": [0, 6, 12],
         "tensorflow": False,
     }
+
+
+# Blocks
+
+
+def test_graphs_of_blocks_do_not_grow_with_their_number():
+    def size(count):
+        sizes = tuple(range(1, count + 1))
+        traced = jax.make_jaxpr(
+            lambda rows: (
+                backend.over_blocks("sum", rows, sizes),
+                backend.block_numbers(sizes),
+            )
+        )(jnp.zeros((2, sum(sizes))))
+        return len(list(jax_jaxprs.equations(traced.jaxpr)))
+
+    assert size(200) == size(5)
+
+
+def test_the_compiler_does_not_count_blocks():
+    """It would take it a minute for 10^6 entries, and make a constant of them."""
+    sizes = (10_000, 5, 10_000)
+    numbers = jax.jit(lambda x: x + backend.block_numbers(sizes))
+    text = numbers.lower(jnp.int32(0)).compile().as_text()
+    assert not re.search(r"s32\[20005\]\S* constant", text)
