@@ -19,12 +19,6 @@ from keras_curvature.optimizers.trust_region import (
     trust_radius,
 )
 
-#: Decay of the average of squared gradients: Adam's default, a memory of 1 000 steps.
-GRADIENT_DECAY = 0.999
-
-#: Share of the newest gradient in a step; the rest is its average.
-NEWEST = 0.5
-
 #: Decay of the averages of `G Gᵀ` and `Gᵀ G` per step, and the steps between two
 #: renewals of their axes.
 MOMENT_DECAY = 0.95
@@ -43,7 +37,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     m ← β₁ m + (1 − β₁) g            m̂ = m / (1 − β₁ᵗ)          every step
     v ← β₃ v + (1 − β₃) g²           v̂ = v / (1 − β₃ᵗ)          every step
     ĥ ← ĥ + (1 − β₂) / (1 − β₂ᵏ) (d − ĥ)                        every delivery
-    u = κ g + (1 − κ) m̂                                         every step
+    u = ν m̂ + (1 − ν) g                                         every step
     r = √(ρ² + τ² θ²)                                           every step
     θ ← θ − η clip(u, ±√v̂) / (|ĥ| + √v̂ / r)                     every step
     ```
@@ -57,8 +51,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     | η | learning rate; 1 is a full Newton step | `learning_rate` |
     | m̂, β₁ | debiased average of gradients, its decay per step | `beta_1` |
     | ĥ, β₂ | debiased average of diagonals, its decay per delivery | `beta_2` |
-    | v̂, β₃ | debiased average of squared gradients, its decay | 0.999 |
-    | u, κ | gradient that is followed, the newest one's share in it | 0.5 |
+    | v̂, β₃ | debiased average of squared gradients, its decay per step | `beta_3` |
+    | u, ν | gradient that is followed, the average's share in it | `nu` |
     | r | trust radius, a length for each entry | |
     | ρ | trust radius of a parameter that is zero | `radius` |
     | τ | trust radius of a large parameter, relative to its size | `relative_radius` |
@@ -129,6 +123,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             a share of its size. Defaults to `0.3`.
         axes: `None` for steps along the entries of each variable, `"layer"` for steps
             along the axes of each layer. Defaults to `None`.
+        beta_3: float in [0, 1), the decay of the average of squared gradients per
+            step. Defaults to `0.999`, as in Adam.
+        nu: float from 0 to 1, the share of the average of gradients in a step; the
+            rest is the newest gradient. Defaults to `0.5`.
         weight_decay: float or `None`. Decoupled: each step takes
             `learning_rate * weight_decay` of each variable off it. Learning rates
             here are larger than Adam's, so decays are smaller.
@@ -158,6 +156,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         radius: float | None = 0.1,
         relative_radius: float = 0.3,
         axes: str | None = None,
+        beta_3: float = 0.999,
+        nu: float = 0.5,
         weight_decay: float | None = None,
         clipnorm: float | None = None,
         clipvalue: float | None = None,
@@ -184,11 +184,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             name=name,
             **kwargs,
         )
-        for key, value in (("beta_1", beta_1), ("beta_2", beta_2)):
+        decays = (("beta_1", beta_1), ("beta_2", beta_2), ("beta_3", beta_3))
+        for key, value in decays:
             if not 0 <= value < 1:
                 raise ValueError(
                     f"`{key}` must be at least 0 and below 1. Received: {key}={value}"
                 )
+        if not 0 <= nu <= 1:
+            raise ValueError(f"`nu` is a share, from 0 to 1. Received: nu={nu}")
         if radius is not None and not radius > 0:
             raise ValueError(
                 "`radius` must be positive, or None for plain Newton steps. "
@@ -207,6 +210,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         self.axes = axes
         self.beta_1 = beta_1
         self.beta_2 = beta_2
+        self.beta_3 = beta_3
+        self.nu = nu
         self.radius = radius
         self.relative_radius = relative_radius
         self._has_curvature = False
@@ -336,10 +341,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             seen = layer_axes.turned(gradient, sides, vectors)
         m, v = self._momentums[index], self._second_moments[index]
         self.assign_add(m, (seen - m) * (1 - self.beta_1))
-        self.assign_add(v, (ops.square(seen) - v) * (1 - GRADIENT_DECAY))
+        self.assign_add(v, (ops.square(seen) - v) * (1 - self.beta_3))
         average, usual = self._debiased(m, v, self.iterations + 1)
         direction = newton_direction(
-            NEWEST * seen + (1 - NEWEST) * average,
+            self.nu * average + (1 - self.nu) * seen,
             usual,
             ops.convert_to_tensor(self._curvatures[index]),
             self._radius_of(values, sides, vectors),
@@ -398,7 +403,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """m̂ and √v̂ of one variable, after that many steps."""
         return (
             m / _summed_weights(self.beta_1, steps, m.dtype),
-            ops.sqrt(v / _summed_weights(GRADIENT_DECAY, steps, v.dtype)),
+            ops.sqrt(v / _summed_weights(self.beta_3, steps, v.dtype)),
         )
 
     def update_hessian_diagonal(self, diagonals: Sequence[Any]) -> bool:
@@ -645,13 +650,13 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def stability_threshold(self) -> float:
         """The curvature, over `preconditioner`, above which steps are unstable.
 
-        On a quadratic: `2 (1 + β₁) / (η ((1 − κ)(1 − β₁) + κ (1 + β₁)))`.
+        On a quadratic: `2 (1 + β₁) / (η (ν (1 − β₁) + (1 − ν)(1 + β₁)))`.
 
         Returns:
             A float; infinite for a learning rate of zero.
         """
         beta, rate = self.beta_1, _number(self.learning_rate)
-        gain = (1 - NEWEST) * (1 - beta) + NEWEST * (1 + beta)
+        gain = self.nu * (1 - beta) + (1 - self.nu) * (1 + beta)
         return 2 * (1 + beta) / (rate * gain) if rate > 0 else float("inf")
 
     def load_own_variables(self, store: Any) -> None:
@@ -669,6 +674,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 "radius": self.radius,
                 "relative_radius": self.relative_radius,
                 "axes": self.axes,
+                "beta_3": self.beta_3,
+                "nu": self.nu,
             }
         )
         return config

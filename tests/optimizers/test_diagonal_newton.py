@@ -16,8 +16,17 @@ RTOL = {"float32": 2e-5, "float64": 1e-11}
 class Reference:
     """The formula of the class docstring for one variable, in NumPy."""
 
-    def __init__(self, beta_1=0.9, beta_2=0.95, radius=0.1, relative_radius=0.3):
-        self.betas, self.radii = (beta_1, beta_2), (radius, relative_radius)
+    def __init__(
+        self,
+        beta_1=0.9,
+        beta_2=0.95,
+        radius=0.1,
+        relative_radius=0.3,
+        beta_3=0.999,
+        nu=0.5,
+    ):
+        self.betas, self.radii = (beta_1, beta_2, beta_3), (radius, relative_radius)
+        self.nu = nu
         self.m = self.v = self.h = 0.0
         self.steps = self.updates = 0
 
@@ -27,14 +36,15 @@ class Reference:
         self.h = (1 - beta) * diagonal + beta * self.h
 
     def direction(self, gradient, values):
-        beta = self.betas[0]
+        beta, _, long = self.betas
         self.steps += 1
         self.m = beta * self.m + (1 - beta) * gradient
-        self.v = 0.999 * self.v + 0.001 * gradient**2
+        self.v = long * self.v + (1 - long) * gradient**2
         m = self.m / (1 - beta**self.steps)
-        usual = np.sqrt(self.v / (1 - 0.999**self.steps))
+        usual = np.sqrt(self.v / (1 - long**self.steps))
         h = self.h / (1 - self.betas[1] ** self.updates) if self.updates else 0.0
-        followed = np.clip((gradient + m) / 2, -usual, usual)
+        followed = self.nu * m + (1 - self.nu) * gradient
+        followed = np.clip(followed, -usual, usual)
         radius = np.hypot(self.radii[0], self.radii[1] * values)
         return followed / (np.abs(h) + usual / radius)
 
@@ -72,16 +82,25 @@ def test_quadratic_in_one_step():
     np.testing.assert_allclose(end, -np.sign(h * start), 2e-6)
 
 
-@pytest.mark.parametrize("relative_radius", [0.0, 0.5])
-@pytest.mark.parametrize("beta_1", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("beta_1", "relative_radius", "memory"),
+    [
+        (0.0, 0.5, {}),
+        (0.9, 0.0, {}),
+        (0.9, 0.5, {}),
+        (0.9, 0.5, {"beta_3": 0.95, "nu": 1.0}),
+        (0.5, 0.5, {"beta_3": 0.0, "nu": 0.2}),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_trajectory(dtype, beta_1, relative_radius, request):
+def test_trajectory(dtype, beta_1, relative_radius, memory, request):
     """30 steps, 8 deliveries and a gradient spike, against the formula."""
     if dtype == "float64":
         request.getfixturevalue("float64")
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(s) for s in ((3, 2), (4,))]
     arguments = {"beta_1": beta_1, "beta_2": 0.7, "relative_radius": relative_radius}
+    arguments |= memory
     optimizer, variables = built(start, learning_rate=0.3, radius=0.2, **arguments)
     references = [Reference(radius=0.2, **arguments) for _ in start]
     for step in range(30):
@@ -167,14 +186,16 @@ def test_any_magnitude_is_reached():
     np.testing.assert_allclose(x.numpy(), goal, 0.01)
 
 
-@pytest.mark.parametrize("beta_1", [0.0, 0.9])
-def test_stable_up_to_the_threshold(beta_1):
+@pytest.mark.parametrize(
+    ("beta_1", "nu"), [(0.0, 0.5), (0.9, 0.5), (0.9, 0.8), (0.9, 0.0), (0.5, 1.0)]
+)
+def test_stable_up_to_the_threshold(beta_1, nu):
     """On a quadratic whose entries are coupled; just beyond it, steps grow."""
     hessian = np.array([[1.0, 0.9], [0.9, 1.0]])
     for factor, stable in ((0.97, True), (1.03, False)):
         rate = 0.1
         optimizer, (x,) = built(
-            [[1e-6, 1e-6]], learning_rate=rate, beta_1=beta_1, radius=None
+            [[1e-6, 1e-6]], learning_rate=rate, beta_1=beta_1, nu=nu, radius=None
         )
         scale = factor * optimizer.stability_threshold() / 1.9
         optimizer.update_hessian_diagonal([[1.0, 1.0]])
@@ -376,6 +397,8 @@ def test_config_round_trip():
         "radius": None,
         "relative_radius": 0.2,
         "axes": "layer",
+        "beta_3": 0.99,
+        "nu": 0.7,
         "weight_decay": 0.01,
         "clipnorm": 2.0,
         "clipvalue": None,
@@ -406,6 +429,10 @@ def test_defaults_survive_the_config():
     [
         {"beta_1": 1.0},
         {"beta_2": -0.1},
+        {"beta_3": 1.0},
+        {"nu": -0.1},
+        {"nu": 1.1},
+        {"nu": float("nan")},
         {"radius": 0.0},
         {"radius": float("nan")},
         {"relative_radius": -0.1},
