@@ -94,14 +94,6 @@ METHODS = {
         _DEFAULT,
         values=(0.0004, 0.02),
     ),
-    # And with a memory as short as SOAP's, which suits losses with little noise.
-    "axes, short memory": Method(
-        lambda: kc.DiagonalNewton(
-            weight_decay=0.0004, axes="layer", beta_3=0.95, nu=1.0
-        ),
-        _DEFAULT,
-        values=(0.0004, 0.02),
-    ),
     "DiagonalNewton, defaults": Method(
         kc.DiagonalNewton, _DEFAULT, tuned=False, **_FEED
     ),

@@ -19,6 +19,12 @@ from keras_curvature.optimizers.trust_region import (
     trust_radius,
 )
 
+#: Decay of the average of squared gradients, β₃, and share of the average of gradients
+#: in a step, ν: along entries, some of which are seldom met, and where both sides of a
+#: variable have axes.
+ALONG_ENTRIES = 0.999, 0.5
+ALONG_AXES = 0.95, 1.0
+
 #: Decay of the averages of `G Gᵀ` and `Gᵀ G` per step, and the steps between two
 #: renewals of their axes.
 MOMENT_DECAY = 0.95
@@ -51,7 +57,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     | η | learning rate; 1 is a full Newton step | `learning_rate` |
     | m̂, β₁ | debiased average of gradients, its decay per step | `beta_1` |
     | ĥ, β₂ | debiased average of diagonals, its decay per delivery | `beta_2` |
-    | v̂, β₃ | debiased average of squared gradients, its decay per step | `beta_3` |
+    | v̂, β₃ | debiased average of squared gradients, its decay | `beta_3` |
     | u, ν | gradient that is followed, the average's share in it | `nu` |
     | r | trust radius, a length for each entry | |
     | ρ | trust radius of a parameter that is zero | `radius` |
@@ -78,14 +84,18 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     of a layer is nearer to diagonal. g, m, v, ĥ and the step are those of `Aᵀ W B`;
     `r²` is carried over as squared lengths are, `(A²)ᵀ r² B²`. The averages forget at
     0.95 per step; every tenth step moves the axes by one step of orthogonal iteration,
-    m exactly, v and ĥ as diagonal matrices would. Curvature must be delivered in these
-    axes, see `curvature_axes`; `CurvatureMonitor` and `CurvatureFeed` do. A variable is
-    read as a matrix by the split of its shape that makes the sides most alike. Vectors
-    and single rows or columns step as without axes; sides of more than 1 024, or more
-    than 8 times as long as the other, keep their own. For a matrix of a rows and b
-    columns both of whose sides have axes this keeps `2 a² + 2 b²` more numbers, and
-    takes about `8 a b (a + b)` more multiplications and additions a step, and every
-    tenth step about `10 (a³ + b³)`: of the order of a gradient of `a + b` samples.
+    m exactly, v and ĥ as diagonal matrices would. Where both sides have axes v forgets
+    as soon, and the step follows m̂ alone, both as in SOAP: in losses that fall by
+    decades a long memory of gradients holds steps back. Elsewhere, in embeddings among
+    others, it is Adam's: entries that are seldom met need it. Curvature must be
+    delivered in these axes, see `curvature_axes`; `CurvatureMonitor` and
+    `CurvatureFeed` do. A variable is read as a matrix by the split of its shape that
+    makes the sides most alike. Vectors and single rows or columns step as without axes;
+    sides of more than 1 024, or more than 8 times as long as the other, keep their own.
+    For a matrix of a rows and b columns both of whose sides have axes this keeps `2 a²
+    + 2 b²` more numbers, and takes about `8 a b (a + b)` more multiplications and
+    additions a step, and every tenth step about `10 (a³ + b³)`: of the order of a
+    gradient of `a + b` samples.
 
     *Without curvature*, before the first delivery, what remains is Adam's step
     everywhere. A warning tells of it once.
@@ -124,9 +134,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         axes: `None` for steps along the entries of each variable, `"layer"` for steps
             along the axes of each layer. Defaults to `None`.
         beta_3: float in [0, 1), the decay of the average of squared gradients per
-            step. Defaults to `0.999`, as in Adam.
+            step. `None`, the default: 0.999, as in Adam; 0.95 for variables both of
+            whose sides have axes.
         nu: float from 0 to 1, the share of the average of gradients in a step; the
-            rest is the newest gradient. Defaults to `0.5`.
+            rest is the newest gradient. `None`, the default: 0.5; 1 for variables
+            both of whose sides have axes.
         weight_decay: float or `None`. Decoupled: each step takes
             `learning_rate * weight_decay` of each variable off it. Learning rates
             here are larger than Adam's, so decays are smaller.
@@ -156,8 +168,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         radius: float | None = 0.1,
         relative_radius: float = 0.3,
         axes: str | None = None,
-        beta_3: float = 0.999,
-        nu: float = 0.5,
+        beta_3: float | None = None,
+        nu: float | None = None,
         weight_decay: float | None = None,
         clipnorm: float | None = None,
         clipvalue: float | None = None,
@@ -186,11 +198,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         )
         decays = (("beta_1", beta_1), ("beta_2", beta_2), ("beta_3", beta_3))
         for key, value in decays:
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(
                     f"`{key}` must be at least 0 and below 1. Received: {key}={value}"
                 )
-        if not 0 <= nu <= 1:
+        if nu is not None and not 0 <= nu <= 1:
             raise ValueError(f"`nu` is a share, from 0 to 1. Received: nu={nu}")
         if radius is not None and not radius > 0:
             raise ValueError(
@@ -214,6 +226,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         self.nu = nu
         self.radius = radius
         self.relative_radius = relative_radius
+        self._memories: list[tuple[float, float]] = []
         self._has_curvature = False
         self._warned = False
         self._between_steps = _BetweenSteps()
@@ -249,6 +262,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             own = self.axes == "layer" and slot is not None
             sides = layer_axes.sides_of(variable.shape) if own else None
             self._sides.append(sides)
+            self._memories.append(self._memory_of(sides))
             moments: list[Any] = []
             vectors: list[Any] = []
             for name, size in layer_axes.turned_sizes(sides):
@@ -322,6 +336,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             )
         super().apply([_dense(g) for g in grads], trainable_variables)
 
+    def _memory_of(self, sides: layer_axes.Sides | None) -> tuple[float, float]:
+        """β₃ and ν of a variable."""
+        turned = sides is not None and sides.left and sides.right
+        usual = ALONG_AXES if turned else ALONG_ENTRIES
+        given = self.beta_3, self.nu
+        beta_3, nu = (u if x is None else x for u, x in zip(usual, given, strict=True))
+        return beta_3, nu
+
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Moves one variable.
 
@@ -341,10 +363,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             seen = layer_axes.turned(gradient, sides, vectors)
         m, v = self._momentums[index], self._second_moments[index]
         self.assign_add(m, (seen - m) * (1 - self.beta_1))
-        self.assign_add(v, (ops.square(seen) - v) * (1 - self.beta_3))
-        average, usual = self._debiased(m, v, self.iterations + 1)
+        beta_3, nu = self._memories[index]
+        self.assign_add(v, (ops.square(seen) - v) * (1 - beta_3))
+        average, usual = self._debiased(m, v, beta_3, self.iterations + 1)
         direction = newton_direction(
-            self.nu * average + (1 - self.nu) * seen,
+            nu * average + (1 - nu) * seen,
             usual,
             ops.convert_to_tensor(self._curvatures[index]),
             self._radius_of(values, sides, vectors),
@@ -399,11 +422,11 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         for slot, value in zip([*self._side_vectors[index], *own], values, strict=True):
             self.assign(slot, value)
 
-    def _debiased(self, m: Any, v: Any, steps: Any) -> tuple[Any, Any]:
+    def _debiased(self, m: Any, v: Any, beta_3: float, steps: Any) -> tuple[Any, Any]:
         """m̂ and √v̂ of one variable, after that many steps."""
         return (
             m / _summed_weights(self.beta_1, steps, m.dtype),
-            ops.sqrt(v / _summed_weights(self.beta_3, steps, v.dtype)),
+            ops.sqrt(v / _summed_weights(beta_3, steps, v.dtype)),
         )
 
     def update_hessian_diagonal(self, diagonals: Sequence[Any]) -> bool:
@@ -579,8 +602,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def _sums(self, state: list[Any], steps: Any) -> tuple[list[Any], Any]:
         """What `statistics` averages over all entries, summed: `(4,)`. Pure."""
         sums = 0
-        for m, v, h, radius in self._with_radius(state):
-            average, usual = self._debiased(m, v, ops.maximum(steps, 1))
+        for average, usual, h, radius in self._ingredients(state, steps):
             rule = usual, h, radius
             counted = (
                 ops.square(newton_direction(average, *rule)),
@@ -614,12 +636,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def _damped(self, state: list[Any], steps: Any) -> tuple[list[Any], list[Any]]:
         """What `preconditioner` gives, for variables that have slots. Pure."""
         return [], [
-            damped_curvature(self._debiased(m, v, ops.maximum(steps, 1))[1], h, radius)
-            for m, v, h, radius in self._with_radius(state)
+            damped_curvature(usual, h, radius)
+            for _, usual, h, radius in self._ingredients(state, steps)
         ]
 
     def _state(self) -> list[Any]:
-        """All m, v, ĥ and θ, and then the axes; see `_with_radius`."""
+        """All m, v, ĥ and θ, and then the axes; see `_ingredients`."""
         if not self.built:
             raise ValueError("The optimizer has not been built: it took no step yet.")
         every = (
@@ -631,16 +653,18 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         slots = [slot for entries in every for slot in self._slots_of(entries)]
         return slots + [q for vectors in self._side_vectors for q in vectors]
 
-    def _with_radius(self, state: list[Any]) -> list[tuple[Any, ...]]:
-        """m, v, ĥ and r of each variable that has slots, in its axes. Pure."""
-        sides = self._slots_of(self._sides)
+    def _ingredients(self, state: list[Any], steps: Any) -> list[tuple[Any, ...]]:
+        """m̂, √v̂, ĥ and r of each variable that has slots, in its axes. Pure."""
+        steps = ops.maximum(steps, 1)
+        sides, memories = self._slots_of(self._sides), self._slots_of(self._memories)
         count = len(sides)
         m, v, h, values = (state[i * count : (i + 1) * count] for i in range(4))
         vectors = iter(state[4 * count :])
         found = []
-        for i, own in enumerate(sides):
+        for i, (own, (beta_3, _)) in enumerate(zip(sides, memories, strict=True)):
             axes = [next(vectors) for _ in layer_axes.turned_sizes(own)]
-            found.append((m[i], v[i], h[i], self._radius_of(values[i], own, axes)))
+            radius = self._radius_of(values[i], own, axes)
+            found.append((*self._debiased(m[i], v[i], beta_3, steps), h[i], radius))
         return found
 
     def _steps(self) -> Any:
@@ -650,13 +674,16 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def stability_threshold(self) -> float:
         """The curvature, over `preconditioner`, above which steps are unstable.
 
-        On a quadratic: `2 (1 + β₁) / (η (ν (1 − β₁) + (1 − ν)(1 + β₁)))`.
+        On a quadratic: `2 (1 + β₁) / (η (ν (1 − β₁) + (1 − ν)(1 + β₁)))`, with the
+        least ν of all variables.
 
         Returns:
             A float; infinite for a learning rate of zero.
         """
         beta, rate = self.beta_1, _number(self.learning_rate)
-        gain = self.nu * (1 - beta) + (1 - self.nu) * (1 + beta)
+        memories = self._memories or [self._memory_of(None)]
+        nu = min(nu for _, nu in memories)
+        gain = nu * (1 - beta) + (1 - nu) * (1 + beta)
         return 2 * (1 + beta) / (rate * gain) if rate > 0 else float("inf")
 
     def load_own_variables(self, store: Any) -> None:

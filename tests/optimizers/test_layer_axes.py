@@ -63,11 +63,11 @@ class Reference:
         seen = a.T @ gradient @ b
         self.steps += 1
         self.m = 0.9 * self.m + 0.1 * seen
-        self.v = 0.999 * self.v + 0.001 * seen**2
+        self.v = 0.95 * self.v + 0.05 * seen**2
         m = self.m / (1 - 0.9**self.steps)
-        usual = np.sqrt(self.v / (1 - 0.999**self.steps))
+        usual = np.sqrt(self.v / (1 - 0.95**self.steps))
         radius = np.sqrt((a**2).T @ (0.01 + 0.09 * values**2) @ b**2)
-        followed = np.clip((seen + m) / 2, -usual, usual)
+        followed = np.clip(m, -usual, usual)
         direction = a @ (followed / (np.abs(self.h) + usual / radius)) @ b.T
         for i, moment in enumerate((gradient @ gradient.T, gradient.T @ gradient)):
             self.moments[i] = 0.95 * self.moments[i] + 0.05 * moment
@@ -87,6 +87,30 @@ class Reference:
         self.m = a.T @ self.m @ b
         self.v = (a**2).T @ self.v @ b**2
         self.h = (a**2).T @ self.h @ b**2
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory"),
+    [
+        ((6, 4), {"beta_3": 0.95, "nu": 1.0}),
+        ((40, 3), {"beta_3": 0.999, "nu": 0.5}),  # One side keeps its own axes.
+        ((5,), {"beta_3": 0.999, "nu": 0.5}),
+    ],
+)
+def test_the_memory_is_short_where_both_sides_have_axes(shape, memory):
+    rng = np.random.default_rng(0)
+    variables = [keras.Variable(np.ones(shape), name=f"v{i}") for i in range(2)]
+    optimizers = [DiagonalNewton(RATE, axes="layer", **m) for m in (memory, {})]
+    for optimizer, variable in zip(optimizers, variables, strict=True):
+        optimizer.build([variable])
+    for _ in range(12):
+        gradient = rng.standard_normal(shape).astype("float32")
+        for optimizer, variable in zip(optimizers, variables, strict=True):
+            optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
+    expected, found = (variable.numpy() for variable in variables)
+    np.testing.assert_array_equal(found, expected)
+    sharpest = (optimizer.stability_threshold() for optimizer in optimizers)
+    assert next(sharpest) == next(sharpest)
 
 
 @pytest.mark.parametrize("dtype", RTOL)
