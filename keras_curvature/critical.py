@@ -29,7 +29,12 @@ from keras_curvature.backend import Tensor
 from keras_curvature.loss import State
 from keras_curvature.operators import HessianOperator
 from keras_curvature.parameters import Layout
-from keras_curvature.preconditioning import preconditioner, single, steps_as
+from keras_curvature.preconditioning import (
+    Preconditioner,
+    preconditioner,
+    single,
+    steps_as,
+)
 
 #: A loss that is not raised by a rate this much above the first guess never is.
 LARGEST = 2.0**30
@@ -154,7 +159,7 @@ def _step_of(operator: HessianOperator, step: Any) -> Tensor:
     return flat
 
 
-def _scale_of(operator: HessianOperator) -> Tensor | None:
+def _scale_of(operator: HessianOperator) -> Preconditioner | None:
     """What the optimizer of an operator's model divides by; `None` for ones."""
     optimizer = getattr(
         getattr(operator.evaluation.loss, "model", None), "optimizer", 0
@@ -194,15 +199,14 @@ class CriticalSearch:
     def look(
         self,
         operator: HessianOperator,
-        scale: Tensor | None = None,
+        scale: Preconditioner | None = None,
         step: Tensor | None = None,
     ) -> CriticalSharpness:
         """The critical sharpness at the present weights.
 
         Args:
             operator: a `HessianOperator`.
-            scale: the diagonal D that the gradient is divided by, `(P,)`; `None` for
-                ones.
+            scale: what the gradient is divided by; `None` for ones.
             step: the step Δ, `(P,)`, in place of the negative gradient.
         """
         direction = "gradient" if scale is None else "preconditioned gradient"
@@ -210,7 +214,7 @@ class CriticalSearch:
         with operator.still(), backend.on(operator.place):
             loss, gradient = operator.value_and_gradient()
             if step is None:
-                step = -gradient if scale is None else -gradient / scale
+                step = -gradient if scale is None else -scale.divide(gradient)
             line = _Line(operator, step, loss.dtype)
             start, fall = _float(loss), -_float(ops.sum(gradient * step))
             value, error, rates, reason = self._search(line, start, fall)

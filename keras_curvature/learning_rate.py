@@ -7,7 +7,7 @@ from typing import Any
 from keras_curvature import estimators
 from keras_curvature.analysis import operator_for
 from keras_curvature.estimators.products import ProgressFunction
-from keras_curvature.operators import HessianOperator, PreconditionedOperator
+from keras_curvature.operators import HessianOperator
 from keras_curvature.preconditioning import number_of_steps, preconditioner, single
 from keras_curvature.progress import Progress
 from keras_curvature.stability import (
@@ -158,16 +158,16 @@ def suggestion(operator: HessianOperator, largest: _Largest) -> LearningRate:
     seen: Any = operator
     matrix = "the Hessian"
     if divides(one):
-        diagonal = preconditioner(one, operator)
-        if diagonal is None and number_of_steps(one):
+        divisor = preconditioner(one, operator)
+        if divisor is None and number_of_steps(one):
             return LearningRate(None, f"It is not known what {name} divides by here.")
-        if diagonal is None:
+        if divisor is None:
             return LearningRate(
                 None,
                 f"{name} divides gradients by what it learns of their size in its "
                 "first steps: train for some steps, and ask again.",
             )
-        seen = PreconditionedOperator(operator, diagonal)
+        seen = divisor.seen(operator)
         matrix = f"the Hessian as {name} sees it, divided by its averages"
     value, bound, spent = largest(seen)
     unknown = "The largest eigenvalue is not known yet: more products are needed."

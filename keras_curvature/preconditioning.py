@@ -1,56 +1,105 @@
 """What an optimizer divides the gradient by before it steps."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.keras_internals import (
     optimizer_variables,
     squared_gradients,
     unwrapped,
 )
-from keras_curvature.operators import HessianOperator
+from keras_curvature.operators import (
+    HessianOperator,
+    PreconditionedOperator,
+    TurnedOperator,
+    turned_rows,
+)
+from keras_curvature.parameters import Layout
 
 
-def preconditioner(optimizer: Any, operator: HessianOperator) -> Tensor | None:
-    """The diagonal D that an optimizer divides by, over the operator's variables.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preconditioner:
+    """What an optimizer divides by: a diagonal D in axes Q of the variables, `Q D Qᵀ`.
+
+    Attributes:
+        diagonal: flat tensor `(P,)`, positive.
+        stiffness: flat tensor `(P,)`: the same where momentum acts on all variables
+            alike; larger where it lets an optimizer bear more curvature.
+        axes: of each variable, `None` for those that step along their entries.
+        layout: where the variables lie.
+    """
+
+    diagonal: Tensor
+    stiffness: Tensor
+    axes: list[Axes]
+    layout: Layout
+
+    def divide(self, gradient: Tensor) -> Tensor:
+        """`Q D⁻¹ Qᵀ g` for a flat gradient."""
+        (turned,) = turned_rows(gradient[None], self.layout, self.axes)
+        rows = (turned / self.diagonal)[None]
+        (divided,) = turned_rows(rows, self.layout, self.axes, back=True)
+        return divided
+
+    def seen(self, operator: HessianOperator) -> PreconditionedOperator:
+        """The Hessian that the optimizer sees, in its axes."""
+        turned = any(one is not None for one in self.axes)
+        own = TurnedOperator(operator, self.layout, self.axes) if turned else operator
+        return PreconditionedOperator(own, self.stiffness)
+
+
+def preconditioner(optimizer: Any, operator: HessianOperator) -> Preconditioner | None:
+    """What an optimizer divides by, over the operator's variables.
 
     Args:
         optimizer: a Keras optimizer.
         operator: a `HessianOperator`.
 
     Returns:
-        A flat tensor `(P,)` on the device; `None` for an optimizer that has none, or
-        none that is known, and before its first step. One that steps in axes of its
-        variables divides by no diagonal.
+        A `Preconditioner` on the device; `None` for an optimizer that has none, or
+        none that is known, and before its first step.
     """
     optimizer = single(optimizer)
     if optimizer is None or not number_of_steps(optimizer):
         return None
     variables = optimizer_variables(optimizer)
-    if _has_axes(optimizer):
-        return None
     if hasattr(optimizer, "preconditioner"):
         parts = optimizer.preconditioner()
     else:
         parts = _of_squares(optimizer)
     if parts is None or variables is None:
         return None
-    by_variable = dict(zip(map(id, variables), parts, strict=False))
-    if not all(id(v) in by_variable for v in operator.variables):
+    numbers = {id(v): i for i, v in enumerate(variables)}
+    if not all(id(v) in numbers for v in operator.variables):
         return None
-    flat = operator.flatten([by_variable[id(v)] for v in operator.variables])
-    # Entries that never had a gradient would be infinitely stiff.
-    return ops.maximum(flat, 1e-12)
+    order = [numbers[id(v)] for v in operator.variables]
+    axes = _told(optimizer, "curvature_axes", [None] * len(variables))
+    bears = _told(optimizer, "relative_thresholds", [1.0] * len(variables))
+
+    def flat(parts: Sequence[Tensor]) -> Tensor:
+        # Entries that never had a gradient would be infinitely stiff.
+        return ops.maximum(operator.flatten([parts[i] for i in order]), 1e-12)
+
+    stiffness = [part * factor for part, factor in zip(parts, bears, strict=True)]
+    return Preconditioner(
+        flat(parts),
+        flat(stiffness),
+        [axes[i] for i in order],
+        operator.evaluation.loss.layout,
+    )
 
 
-def _has_axes(optimizer: Any) -> bool:
-    """Whether an optimizer steps in other axes than the entries of its variables."""
-    axes = optimizer.curvature_axes() if hasattr(optimizer, "curvature_axes") else []
-    return any(one is not None for one in axes)
+def _told(optimizer: Any, name: str, otherwise: list[Any]) -> list[Any]:
+    """What a method of an optimizer says of each variable, if it has that method."""
+    told: list[Any] = getattr(optimizer, name, lambda: otherwise)()
+    return told
 
 
 def _of_squares(optimizer: Any) -> list[Tensor] | None:

@@ -75,7 +75,13 @@ ROOMS = {
         "progress",
     },
     "analysis": {"axes", "backend", "diagonal", "estimators", "operators", "progress"},
-    "preconditioning": {"backend", "keras_internals", "operators"},
+    "preconditioning": {
+        "axes",
+        "backend",
+        "keras_internals",
+        "operators",
+        "parameters",
+    },
     "critical": {
         "analysis",
         "backend",

@@ -3,9 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import scipy.linalg
+from keras import ops
 
 import keras_curvature as kc
-from keras_curvature.operators import PreconditionedOperator
 from keras_curvature.preconditioning import preconditioner
 from keras_curvature.stability import limit_of_gradient_descent, stability_threshold
 
@@ -92,7 +93,7 @@ def test_gradient_descent_with_averaged_momentum_is_stable_up_to_the_threshold()
 
 def test_adam_divides_by_the_root_of_its_average_of_squares():
     model, op = trained(keras.optimizers.Adam(0.01))
-    found = array(preconditioner(model.optimizer, op))
+    found = array(preconditioner(model.optimizer, op).diagonal)
     steps = int(model.optimizer.iterations)
     squares = [v.numpy() for v in model.optimizer._velocities]
     expected = np.concatenate(
@@ -112,7 +113,9 @@ def test_diagonal_newton_tells_what_it_divides_by():
     before = op.flatten([v.numpy() for v in model.trainable_variables])
     optimizer.apply(gradient, model.trainable_variables)
     moved = before - op.flatten([v.numpy() for v in model.trainable_variables])
-    divided = array(op.flatten(gradient)) / array(preconditioner(optimizer, op))
+    divided = array(op.flatten(gradient)) / array(
+        preconditioner(optimizer, op).diagonal
+    )
     np.testing.assert_allclose(moved, divided, rtol=1e-4, atol=1e-7)
 
 
@@ -120,7 +123,7 @@ def test_rmsprop_does_not_debias():
     model, op = trained(keras.optimizers.RMSprop(0.01))
     squares = [v.numpy() for v in model.optimizer._velocities]
     expected = np.concatenate([np.sqrt(v).ravel() + 1e-7 for v in squares])
-    found = array(preconditioner(model.optimizer, op))
+    found = array(preconditioner(model.optimizer, op).diagonal)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -137,13 +140,77 @@ def test_no_preconditioner_before_the_first_step():
 
 def test_preconditioned_operator_equals_the_dense_product():
     model, op = trained("adam")
-    diagonal = preconditioner(model.optimizer, op)
-    seen = PreconditionedOperator(op, diagonal)
-    scale = array(diagonal) ** -0.5
+    divisor = preconditioner(model.optimizer, op)
+    seen = divisor.seen(op)
+    scale = array(divisor.diagonal) ** -0.5
     dense = scale[:, None] * op.to_dense() * scale
     top = kc.estimators.eigenvalues(seen, k=1, tolerance=1e-6).values[0]
     eigenvalues = np.linalg.eigvalsh(dense.astype("float64"))
     np.testing.assert_allclose(top, eigenvalues[abs(eigenvalues).argmax()], rtol=1e-4)
+
+
+def test_what_an_optimizer_sees_that_steps_in_axes():
+    model, op = trained(kc.DiagonalNewton(0.02, axes="layer"), epochs=8)
+    optimizer = model.optimizer
+    divisor = preconditioner(optimizer, op)
+    # The matrix that turns the entries of each variable into its axes.
+    blocks = []
+    for variable, axes in zip(op.variables, optimizer.curvature_axes(), strict=True):
+        left, right = (None, None) if axes is None else axes
+        size = int(np.prod(variable.shape))
+        rows, columns = (1, size) if axes is None else variable.shape
+        a = np.eye(rows) if left is None else array(left)
+        b = np.eye(columns) if right is None else array(right)
+        blocks.append(np.kron(a, b))
+    assert any(np.abs(block - np.eye(len(block))).max() > 0.1 for block in blocks)
+    turn = scipy.linalg.block_diag(*blocks)
+    dense = turn.T @ op.to_dense().astype("float64") @ turn
+    factors = np.concatenate(
+        [
+            np.full(np.prod(v.shape), factor)
+            for v, factor in zip(
+                op.variables, optimizer.relative_thresholds(), strict=True
+            )
+        ]
+    )
+    np.testing.assert_allclose(np.unique(factors.round(6)), [1, 10])
+    np.testing.assert_allclose(
+        array(divisor.stiffness), array(divisor.diagonal) * factors, rtol=1e-5
+    )
+    scale = array(divisor.stiffness) ** -0.5
+    eigenvalues = np.linalg.eigvalsh(scale[:, None] * dense * scale)
+    top = kc.suggest_learning_rate(op, tolerance=1e-6).eigenvalue
+    np.testing.assert_allclose(top, eigenvalues.max(), rtol=1e-4)
+    gradient = array(op.value_and_gradient()[1])
+    divided = turn @ ((turn.T @ gradient) / array(divisor.diagonal))
+    found = array(divisor.divide(op.value_and_gradient()[1]))
+    np.testing.assert_allclose(
+        found, divided, rtol=1e-3, atol=1e-4 * abs(divided).max()
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["matrix", "vector"])
+@pytest.mark.parametrize(("factor", "stable"), [(0.8, True), (1.25, False)])
+def test_variables_of_several_memories_have_limits_of_their_own(which, factor, stable):
+    """Steps on a quadratic, stiff in one of two variables, with unit curvature."""
+    optimizer = kc.DiagonalNewton(0.1, beta_1=0.5, radius=None, axes="layer")
+    variables = [
+        keras.Variable(np.full(shape, 1e-8), name=f"v{i}")
+        for i, shape in enumerate([(3, 2), (4,)])
+    ]
+    optimizer.build(variables)
+    optimizer.update_hessian_diagonal([np.ones(v.shape) for v in variables])
+    limits = [
+        optimizer.stability_threshold() * f for f in optimizer.relative_thresholds()
+    ]
+    assert limits[0] == pytest.approx(2 * limits[1])
+    x, h = variables[which], factor * limits[which]
+    for _ in range(100):
+        size = np.abs(x.numpy()).max()
+        gradients = [ops.zeros(v.shape) for v in variables]
+        gradients[which] = ops.convert_to_tensor(h * x.numpy())
+        optimizer.apply(gradients, variables)
+    assert (size < 1e-9) == stable
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 An optimizer takes curvature if it has a method `update_hessian_diagonal(diagonals)`,
 which is given a list of tensors, one for each trainable variable that the optimizer was
-built with. Four more are used where they are there: `curvature_axes()` gives the axes
-in which it wants each variable's diagonal (see `keras_curvature.axes`); `statistics()`
-goes into the record, `preconditioner()` and `stability_threshold()` tell what
-`stability` needs; and `compute_with(on_variables)`, or else `compile_with(compiler)`,
-is called before the first of them.
+built with. More are used where they are there: `curvature_axes()` gives the axes in
+which it wants each variable's diagonal (see `keras_curvature.axes`); `statistics()`
+goes into the record, `preconditioner()`, `relative_thresholds()` and
+`stability_threshold()` tell what `stability` needs; and `compute_with(on_variables)`,
+or else `compile_with(compiler)`, is called before the first of them.
 """
 
 import functools

@@ -4,7 +4,7 @@ from typing import Any
 
 from keras_curvature.critical import CriticalSearch
 from keras_curvature.estimators import DominantSubspace
-from keras_curvature.operators import HessianOperator, PreconditionedOperator
+from keras_curvature.operators import HessianOperator
 from keras_curvature.preconditioning import preconditioner
 from keras_curvature.stability import optimizer_of, stability_threshold
 
@@ -41,10 +41,10 @@ class Sharpness:
         figures: dict[str, float | None] = {}
         if threshold is not None:
             figures["stability_threshold"] = threshold
-        diagonal = preconditioner(optimizer, operator)
-        if diagonal is None:
+        divisor = preconditioner(optimizer, operator)
+        if divisor is None:
             return figures, 0
-        seen, spent = PreconditionedOperator(operator, diagonal), 0
+        seen, spent = divisor.seen(operator), 0
         key = "hessian_preconditioned_max_eigenvalue"
         for _ in range(LOOKS):
             found = self._subspace.update(seen, MATVECS, (self._seed, 3))

@@ -33,20 +33,29 @@ class TurnedOperator:
 
     def times_rows(self, rows: Tensor) -> Tensor:
         """The products with the rows of a tensor `(k, P)`, as rows."""
-        rows = self._by_variable(turned_back, rows)
+        rows = turned_rows(rows, self._layout, self._axes, back=True)
         if hasattr(self._operator, "times_rows"):
             products = self._operator.times_rows(rows)
         else:
             products = ops.transpose(self._operator @ ops.transpose(rows))
-        return self._by_variable(turned, products)
+        return turned_rows(products, self._layout, self._axes)
 
-    def _by_variable(self, function: Any, rows: Tensor) -> Tensor:
-        count, start, parts = rows.shape[0], 0, []
-        layout = self._layout
-        for axes, shape, size in zip(
-            self._axes, layout.shapes, layout.sizes, strict=True
-        ):
-            part = ops.reshape(rows[:, start : start + size], (count, *shape))
-            parts.append(ops.reshape(function(part, axes, 1), (count, size)))
-            start += size
-        return ops.concatenate(parts, axis=1)
+
+def turned_rows(
+    rows: Tensor, layout: Layout, axes: list[Axes], back: bool = False
+) -> Tensor:
+    """Flat vectors in the axes of the variables, or from there back in their entries.
+
+    Args:
+        rows: tensor `(k, P)`, a vector a row.
+        layout: where the variables lie.
+        axes: of each variable.
+        back: whether they are in the axes already.
+    """
+    function = turned_back if back else turned
+    count, start, parts = rows.shape[0], 0, []
+    for own, shape, size in zip(axes, layout.shapes, layout.sizes, strict=True):
+        part = ops.reshape(rows[:, start : start + size], (count, *shape))
+        parts.append(ops.reshape(function(part, own, 1), (count, size)))
+        start += size
+    return ops.concatenate(parts, axis=1)

@@ -675,16 +675,33 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """The curvature, over `preconditioner`, above which steps are unstable.
 
         On a quadratic: `2 (1 + β₁) / (η (ν (1 − β₁) + (1 − ν)(1 + β₁)))`, with the
-        least ν of all variables.
+        least ν of all variables; see `relative_thresholds`.
 
         Returns:
             A float; infinite for a learning rate of zero.
         """
-        beta, rate = self.beta_1, _number(self.learning_rate)
-        memories = self._memories or [self._memory_of(None)]
-        nu = min(nu for _, nu in memories)
-        gain = nu * (1 - beta) + (1 - nu) * (1 + beta)
-        return 2 * (1 + beta) / (rate * gain) if rate > 0 else float("inf")
+        rate, gain = _number(self.learning_rate), max(self._gains())
+        return 2 * (1 + self.beta_1) / (rate * gain) if rate > 0 else float("inf")
+
+    def relative_thresholds(self) -> list[float]:
+        """The `stability_threshold` of each variable, over the least of them.
+
+        With a factor f for each, steps are unstable where the largest eigenvalue of
+        `(f D)^{-1/2} H (f D)^{-1/2}` is beyond the threshold.
+
+        Returns:
+            List of floats, at least 1, in the order of the trainable variables.
+        """
+        gains = self._gains()
+        return [max(gains) / gain for gain in gains]
+
+    def _gains(self) -> list[float]:
+        """What of a gradient that changes its sign with each step is followed.
+
+        By variable, times `1 + β₁`. At the edge of stability gradients do so.
+        """
+        beta, memories = self.beta_1, self._memories or [self._memory_of(None)]
+        return [nu * (1 - beta) + (1 - nu) * (1 + beta) for _, nu in memories]
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the slots from a saved file; see `keras.optimizers.Optimizer`."""
