@@ -26,6 +26,7 @@ DRAWN = {
     "DiagonalNewton": "C0",
     "DiagonalNewton, defaults": "C0",
     "DiagonalNewton, axes": "C3",
+    "axes, without curvature": "C3",
 }
 
 
@@ -253,7 +254,7 @@ def _panels(tasks, path):
 
 
 def _style(name):
-    ls = "--" if "defaults" in name else "-"
+    ls = "--" if "defaults" in name else ":" if "without" in name else "-"
     return {"color": DRAWN[name], "ls": ls, "lw": 1.4}
 
 
@@ -283,7 +284,9 @@ def draw_curves(all_results, key, path):
             lowest = min(lowest, np.nanmin(y))
             axis.plot(x, y, label=name, **_style(name))
         axis.set_yscale("log")
-        axis.set_ylim(lowest * 0.98, min(axis.get_ylim()[1], lowest * 2))
+        # Down from where AdamW ends, if that is far above.
+        top = max(2 * lowest, 1.1 * finals(results[BASELINE]).mean())
+        axis.set_ylim(lowest * 0.98, min(axis.get_ylim()[1], top))
         axis.set_xlabel(key)
 
 
@@ -307,5 +310,7 @@ def draw_rates(all_results, path):
             axis.plot(x, y, marker=".", label=name, **_style(name))
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_ylim(lowest * 0.98, lowest * 2)
+        axis.set_ylim(
+            lowest * 0.98, max(lowest * 2, 1.1 * finals(results[BASELINE]).mean())
+        )
         axis.set_xlabel("learning rate")
