@@ -5,6 +5,7 @@ Next to it is `jax_jaxprs` (what a traced function tells, and loops over one).
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -431,6 +432,12 @@ def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
     XLA compiles an operation for each size anew, 40 ms each on a CPU. So all pieces
     that are reduced have one length, at most two of them a block in the mean.
     """
+    return _reduction(kind, tuple(sizes))(rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _reduction(kind: str, sizes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Compiled: outside of other compiled functions a loop is compiled at each call."""
     reduce, nothing, together = _OVER_BLOCKS[kind]
     size, ends = sum(sizes), np.cumsum(sizes)
     length = max(1, -(-size // len(sizes)))
@@ -439,16 +446,20 @@ def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
     starts = (ends - sizes)[blocks] + length * within
     stops = np.minimum(starts + length, ends[blocks])
 
-    def piece(bounds: Tensor) -> Tensor:
-        # The last ones would reach beyond the end.
-        start = jnp.minimum(bounds[0], size - length)
-        entries = start + jnp.arange(length)
-        counts = (entries >= bounds[0]) & (entries < bounds[1])
-        part = lax.dynamic_slice_in_dim(rows, start, length, axis=1)
-        return reduce(jnp.where(counts, part, nothing), axis=1)
+    def reduced(rows: Tensor) -> Tensor:
+        def piece(bounds: Tensor) -> Tensor:
+            # The last ones would reach beyond the end.
+            start = jnp.minimum(bounds[0], size - length)
+            entries = start + jnp.arange(length)
+            counts = (entries >= bounds[0]) & (entries < bounds[1])
+            part = lax.dynamic_slice_in_dim(rows, start, length, axis=1)
+            return reduce(jnp.where(counts, part, nothing), axis=1)
 
-    pieces = lax.map(piece, jnp.stack([starts, stops], axis=1))
-    return together(pieces, blocks, len(sizes), indices_are_sorted=True).T
+        pieces = lax.map(piece, np.stack([starts, stops], axis=1))
+        return together(pieces, blocks, len(sizes), indices_are_sorted=True).T
+
+    function: Callable[[Tensor], Tensor] = jax.jit(reduced)
+    return function
 
 
 def block_numbers(sizes: Sequence[int]) -> Tensor:
