@@ -18,6 +18,7 @@ BENCHMARKS = (
     "overhead",
     "small_calls",
     "large_models",
+    "step_cost",
     "architectures",
     "sequences",
     "critical_sharpness",
