@@ -26,7 +26,13 @@ _PACKAGES = (
 
 
 def median_seconds(functions, rounds=15, warm_up=2):
-    """Median seconds of several functions, measured in turn so that load is shared.
+    """Median seconds of several functions: a dictionary; see `all_seconds`."""
+    seconds = all_seconds(functions, rounds, warm_up)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+def all_seconds(functions, rounds, warm_up):
+    """Seconds of several functions, measured in turn so that load is shared.
 
     Args:
         functions: dictionary from name to a function without arguments that returns
@@ -35,7 +41,7 @@ def median_seconds(functions, rounds=15, warm_up=2):
         warm_up: how often each is run before that (compilation).
 
     Returns:
-        Dictionary from name to seconds.
+        Dictionary from name to a list of seconds.
     """
     for function in functions.values():
         for _ in range(warm_up):
@@ -46,7 +52,7 @@ def median_seconds(functions, rounds=15, warm_up=2):
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
+    return seconds
 
 
 def on_host(tensor):

@@ -7,7 +7,6 @@ tenth of the steps' here as in training: means are told beside the medians.
 
 import pathlib
 import sys
-import time
 
 import keras
 import large_models
@@ -45,14 +44,7 @@ def run(networks=tuple(NETWORKS)):
         steps = {
             name: _step(NETWORKS[network], OPTIMIZERS[name]) for name in OPTIMIZERS
         }
-        for step in steps.values():
-            step()
-        seconds = {name: [] for name in steps}
-        for _ in range(STEPS):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = measure.all_seconds(steps, STEPS, warm_up=1)
         base = np.median(seconds["AdamW"]), np.mean(seconds["AdamW"])
         for name, times in seconds.items():
             row = {"network": network, "optimizer": name, "step s": np.median(times)}

@@ -1,7 +1,6 @@
 """What an optimizer divides the gradient by before it steps."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -30,16 +29,26 @@ class Preconditioner:
 
     Attributes:
         diagonal: flat tensor `(P,)`, positive.
-        stiffness: flat tensor `(P,)`: the same where momentum acts on all variables
-            alike; larger where it lets an optimizer bear more curvature.
+        bears: of each variable, at least 1: how much more curvature momentum lets the
+            optimizer bear there than where it bears least.
         axes: of each variable, `None` for those that step along their entries.
         layout: where the variables lie.
     """
 
     diagonal: Tensor
-    stiffness: Tensor
+    bears: list[float]
     axes: list[Axes]
     layout: Layout
+
+    @property
+    def stiffness(self) -> Tensor:
+        """The diagonal times what each variable bears, `(P,)`."""
+        if max(self.bears) == 1:
+            return self.diagonal
+        bears = backend.array(
+            self.bears, keras.backend.standardize_dtype(self.diagonal.dtype)
+        )
+        return self.diagonal * ops.take(bears, backend.block_numbers(self.layout.sizes))
 
     def divide(self, gradient: Tensor) -> Tensor:
         """`Q D⁻¹ Qᵀ g` for a flat gradient."""
@@ -50,9 +59,8 @@ class Preconditioner:
 
     def seen(self, operator: HessianOperator) -> PreconditionedOperator:
         """The Hessian that the optimizer sees, in its axes."""
-        turned = any(one is not None for one in self.axes)
-        own = TurnedOperator(operator, self.layout, self.axes) if turned else operator
-        return PreconditionedOperator(own, self.stiffness)
+        turned = TurnedOperator(operator, self.layout, self.axes)
+        return PreconditionedOperator(turned, self.stiffness)
 
 
 def preconditioner(optimizer: Any, operator: HessianOperator) -> Preconditioner | None:
@@ -82,15 +90,11 @@ def preconditioner(optimizer: Any, operator: HessianOperator) -> Preconditioner 
     order = [numbers[id(v)] for v in operator.variables]
     axes = _told(optimizer, "curvature_axes", [None] * len(variables))
     bears = _told(optimizer, "relative_thresholds", [1.0] * len(variables))
-
-    def flat(parts: Sequence[Tensor]) -> Tensor:
-        # Entries that never had a gradient would be infinitely stiff.
-        return ops.maximum(operator.flatten([parts[i] for i in order]), 1e-12)
-
-    stiffness = [part * factor for part, factor in zip(parts, bears, strict=True)]
+    diagonal = operator.flatten([parts[i] for i in order])
     return Preconditioner(
-        flat(parts),
-        flat(stiffness),
+        # Entries that never had a gradient would be infinitely stiff.
+        ops.maximum(diagonal, 1e-12),
+        [bears[i] for i in order],
         [axes[i] for i in order],
         operator.evaluation.loss.layout,
     )

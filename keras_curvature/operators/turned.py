@@ -52,6 +52,8 @@ def turned_rows(
         axes: of each variable.
         back: whether they are in the axes already.
     """
+    if all(own is None for own in axes):
+        return rows
     function = turned_back if back else turned
     count, start, parts = rows.shape[0], 0, []
     for own, shape, size in zip(axes, layout.shapes, layout.sizes, strict=True):
