@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_curvature import backend
@@ -28,7 +27,7 @@ from keras_curvature.analysis import operator_for
 from keras_curvature.backend import Tensor
 from keras_curvature.loss import State
 from keras_curvature.operators import HessianOperator
-from keras_curvature.parameters import Layout
+from keras_curvature.parameters import Layout, epsilon_of
 from keras_curvature.preconditioning import (
     Preconditioner,
     preconditioner,
@@ -283,7 +282,10 @@ class _Line:
     def __init__(self, operator: HessianOperator, step: Tensor, dtype: Any):
         self._evaluation = operator.evaluation
         self._step = step
-        self.epsilon = float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)
+        self.epsilon = max(
+            epsilon_of(keras.backend.standardize_dtype(dtype)),
+            self._evaluation.loss.epsilon,
+        )
         self.num_losses = 0
 
     def __call__(self, rate: float) -> float:

@@ -19,6 +19,9 @@ T = TypeVar("T")
 #: compiled for one purpose adds up in another order than what is for another.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6
 
+#: What is computed in many steps may be off by so many times the rounding of one.
+_STEPS = 12
+
 
 class Evaluation:
     """A loss and the data that it is averaged over.
@@ -78,6 +81,14 @@ class Evaluation:
         finally:
             self._held, self._losses_seen = None, []
 
+    def beyond_rounding(self, limit: float) -> float:
+        """A relative difference from which on something counts as different.
+
+        Args:
+            limit: what it is in float32.
+        """
+        return max(limit, _STEPS * self.loss.epsilon)
+
     def saw(self, loss: Tensor) -> None:
         """Takes note of the mean loss in a pass over the data."""
         if self._held is not None:
@@ -88,7 +99,8 @@ class Evaluation:
         losses = [float(ops.convert_to_numpy(loss)) for loss in self._losses_seen]
         self._losses_seen = self._losses_seen[:1]
         low, high = min(losses, default=0.0), max(losses, default=0.0)
-        if high - low > _ABSOLUTE + _RELATIVE * max(abs(low), abs(high)):
+        relative = self.beyond_rounding(_RELATIVE)
+        if high - low > _ABSOLUTE + relative * max(abs(low), abs(high)):
             raise ValueError(
                 "The loss moved while its curvature was measured: figures would mix "
                 "the Hessians of different functions. Received: losses between "
@@ -186,8 +198,9 @@ class Evaluation:
             if all(map(math.isfinite, means)):
                 break
         every = [*losses[0], *losses[1]]
-        # More than rounding in float32, and a thousandth of what the groups differ by.
-        rounding, spread = 1e-5 * max(map(abs, every)), max(every) - min(every)
+        # More than rounding, and a thousandth of what the groups differ by.
+        rounding = self.beyond_rounding(1e-5) * max(map(abs, every))
+        spread = max(every) - min(every)
         differ = abs(means[0] - means[1]) > max(rounding, 1e-3 * spread)
         return means if differ else None
 

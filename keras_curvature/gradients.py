@@ -113,7 +113,7 @@ class Gradients:
                 float(ops.convert_to_numpy(mean))
                 for mean in (loss, self._parts.mean_loss())
             )
-            if not math.isclose(*losses, rel_tol=_RELATIVE):
+            if not math.isclose(*losses, rel_tol=whole.beyond_rounding(_RELATIVE)):
                 self._separable = False
                 return None
         self._parts.data = parts
@@ -122,7 +122,8 @@ class Gradients:
             mean, square = self._mean_of_parts()
             found = _compare(gradient, mean, square)
             norm, apart, square = ops.convert_to_numpy(found).astype("float64")
-        if not apart**0.5 <= _RELATIVE * norm**0.5 + _ROUNDING * square**0.5:
+        relative, rounding = map(self._parts.beyond_rounding, (_RELATIVE, _ROUNDING))
+        if not apart**0.5 <= relative * norm**0.5 + rounding * square**0.5:
             # No mean over samples, or noise of the layers: other parts, another loss.
             self._separable = False
             return None

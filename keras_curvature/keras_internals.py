@@ -210,10 +210,12 @@ class _MaskWriter(keras.layers.Layer):
 
 
 @contextlib.contextmanager
-def twice_differentiable_layers(model: Any) -> Iterator[None]:
+def twice_differentiable_layers(
+    model: Any, half_precision: bool = False
+) -> Iterator[None]:
     """A context in which layers compute in float32 at least, twice differentiably.
 
-    * Layers with a half-precision policy compute in float32.
+    * Layers with a half-precision policy compute in float32, if they are not to stay.
     * Recurrent layers leave cuDNN, and attention layers leave fused kernels: neither
       has second derivatives. Layers read `use_cudnn` and `_flash_attention` when they
       are called; `keras.config.disable_flash_attention` is read when they are made.
@@ -222,10 +224,11 @@ def twice_differentiable_layers(model: Any) -> Iterator[None]:
 
     Args:
         model: a `keras.Model`.
+        half_precision: whether layers in half precision stay so.
     """
     with contextlib.ExitStack() as stack:
         for layer in flat_layers(model, True):
-            if layer.compute_dtype in _HALF_PRECISION:
+            if not half_precision and layer.compute_dtype in _HALF_PRECISION:
                 stack.callback(_policy_restorer(layer))
                 layer.dtype_policy = _full_precision(layer)
             if getattr(layer, "use_cudnn", None):

@@ -24,10 +24,8 @@ import numpy as np
 from keras_curvature import backend, keras_internals
 from keras_curvature.backend import Direction, Findings, Tensor
 from keras_curvature.data_sets import Batch
-from keras_curvature.parameters import Layout
+from keras_curvature.parameters import Layout, epsilon_of, full_precision
 from keras_curvature.selection import selected
-
-_LOW_PRECISION = ("float16", "bfloat16")
 
 #: How the layers of a model run, by the value of `training`.
 MODES = {None: "training without noise", False: "inference", True: "training"}
@@ -50,7 +48,7 @@ class TrainingLoss:
 
     It is what the model was compiled with: losses and their weights, sample weights,
     masks, regularizers and `add_loss`, without loss scaling. Layers that compute in
-    half precision compute in float32 here.
+    half precision compute in float32 here, unless they are to stay in it.
 
     Args:
         model: a Keras model, compiled unless `loss_fn` is given. What it still lacks
@@ -68,10 +66,13 @@ class TrainingLoss:
             augmentation) run as in inference. `False`: all as in inference.
             `True`: all as in training; dropout masks are the same in every call as
             long as the model's seeds do not move.
+        half_precision: whether layers in bfloat16 stay so.
 
     Attributes:
         model: the model.
         training: as given.
+        half_precision: as given.
+        epsilon: rounding of what layers compute, relative; the largest there is.
         mode: the same in words, a `str`.
         takes_batch_statistics: whether BatchNormalization takes the statistics of the
             batch. The loss then depends on how samples are put into batches.
@@ -83,8 +84,8 @@ class TrainingLoss:
         findings: what is known of the gradient, variables named by number.
 
     Raises:
-        ValueError: if the model has no loss, no variables to differentiate by, or
-            layers in float8.
+        ValueError: if the model has no loss, no variables to differentiate by, layers
+            in float8, or layers in float16 that are to stay so.
     """
 
     def __init__(
@@ -95,10 +96,12 @@ class TrainingLoss:
         loss_fn: Callable[..., Any] | None = None,
         variables: Any = None,
         training: bool | None = None,
+        half_precision: bool = False,
     ):
         _check(model, loss_fn)
         self.model = model
         self.training = training
+        self.half_precision = half_precision
         self.mode = MODES[training]
         self.is_compiled = loss_fn is None
         self._loss_fn = loss_fn
@@ -111,13 +114,19 @@ class TrainingLoss:
         with self._plain_calls():
             self._build(batch)
         _check_gradients(model)
+        if half_precision:
+            _check_range(model)
         self.variables = tuple(selected(model, variables))
         if not self.variables:
             raise ValueError(
                 "There is nothing to differentiate by: the model has no trainable "
                 f"variables. Received: model={model.name!r}, variables={variables!r}."
             )
-        self.layout = layout_of(self.variables)
+        self.layout = layout_of(self.variables, half_precision)
+        computed = {self.layout.dtype.name}
+        if half_precision:
+            computed |= {layer.compute_dtype for layer in self.layers()}
+        self.epsilon = max(map(epsilon_of, computed))
         self._others: tuple[Any, ...] = ()
         self._read: Callable[[], list[Tensor]]
         self._read = functools.partial(backend.values, self.variables)
@@ -181,7 +190,11 @@ class TrainingLoss:
             stack.enter_context(_random_state_at_rest())
             stack.enter_context(_warning_once(self._warned))
             stack.enter_context(keras_internals.losses_at_rest(self.model))
-            stack.enter_context(keras_internals.twice_differentiable_layers(self.model))
+            stack.enter_context(
+                keras_internals.twice_differentiable_layers(
+                    self.model, self.half_precision
+                )
+            )
             stack.enter_context(self._plain_calls())
             if self.training is None:
                 stack.enter_context(_noise_at_rest(self.layers()))
@@ -224,6 +237,7 @@ class FunctionLoss:
         variables: the arrays or variables, in the order of the flattened structure.
         layout: their `Layout` in a flat vector.
         findings: what is known of the gradient, variables named by number.
+        epsilon: rounding of what the function computes, relative.
 
     Raises:
         ValueError: if there is no parameter, or the function neither takes parameters
@@ -251,6 +265,7 @@ class FunctionLoss:
             self._native = backend.function_of_variables(loss_fn, raw)
             self.variables = tuple(raw)
         self.layout = layout_of(self.variables)
+        self.epsilon = epsilon_of(self.layout.dtype.name)
         variables = self.variables if reads else ()
         self._read: Callable[[], list[Tensor]]
         self._read = functools.partial(backend.values, variables)
@@ -310,8 +325,12 @@ class FunctionLoss:
 Loss: TypeAlias = TrainingLoss | FunctionLoss
 
 
-def layout_of(variables: Sequence[Any]) -> Layout:
+def layout_of(variables: Sequence[Any], half_precision: bool = False) -> Layout:
     """The `Layout` of variables or arrays, in the types that they are computed in.
+
+    Args:
+        variables: the variables or arrays.
+        half_precision: whether those in half precision stay so.
 
     Raises:
         ValueError: for one that does not hold floating-point numbers.
@@ -327,7 +346,7 @@ def layout_of(variables: Sequence[Any]) -> Layout:
     return Layout(
         tuple(names),
         tuple(tuple(map(int, v.shape)) for v in variables),
-        tuple(_full_precision(dtype) for dtype in dtypes),
+        tuple(d if half_precision else full_precision(d) for d in dtypes),
     )
 
 
@@ -453,6 +472,23 @@ def _check_gradients(model: Any) -> None:
         )
 
 
+def _check_range(model: Any) -> None:
+    """Refuses float16, in which second derivatives leave the range of numbers."""
+    narrow = [
+        layer.name
+        for layer in keras_internals.flat_layers(model, True)
+        if "float16" in (layer.compute_dtype, layer.variable_dtype)
+    ]
+    if narrow:
+        raise ValueError(
+            "Curvature cannot stay in float16: without a scaled loss its second "
+            "derivatives are too small for it, with one too large. "
+            f"Received: half_precision=True and {len(narrow)} layers in float16, such "
+            f"as {narrow[0]!r}. Leave `half_precision` off, so that they compute in "
+            "float32, or take the model in bfloat16."
+        )
+
+
 def _has_own_loss(model: Any) -> bool:
     """Whether a model computes its loss in another way than Keras does."""
     return type(model).compute_loss is not keras.Model.compute_loss
@@ -484,10 +520,6 @@ def _as_parameter(x: Any) -> Any:
     return backend.values([x])[0] if _is_variable(x) else backend.array(x)
 
 
-def _full_precision(dtype: str) -> str:
-    return "float32" if dtype in _LOW_PRECISION else dtype
-
-
 def _as_scalar(loss: Any) -> Tensor:
     if loss is None:
         raise ValueError("The loss function must return a scalar. Received: None.")
@@ -498,7 +530,7 @@ def _as_scalar(loss: Any) -> Tensor:
             "The loss must be a scalar floating-point tensor. Received: shape "
             f"{tuple(loss.shape)}, dtype {dtype}. Average or sum it over the samples."
         )
-    return backend.array(loss, _full_precision(dtype))
+    return backend.array(loss, full_precision(dtype))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,17 @@ from keras_curvature import backend
 from keras_curvature.backend import Tensor
 
 
+def full_precision(dtype: str) -> str:
+    """The name of a floating type, float32 in the place of half precision."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+def epsilon_of(dtype: str) -> float:
+    """The distance from 1 to the next number of a floating type."""
+    # NumPy does not know bfloat16.
+    return 2.0**-7 if dtype == "bfloat16" else float(np.finfo(dtype).eps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where each parameter array lies in a flat vector of length P.
@@ -41,8 +52,8 @@ class Layout:
 
     @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The floating type that holds every entry."""
-        return np.result_type(*self.dtypes)
+        """The floating type that holds every entry: float32 at least."""
+        return np.result_type(*map(full_precision, self.dtypes))
 
     def split(self, flat: Any) -> list[Any]:
         """A flat vector as a list of arrays, tensors or NumPy arrays like itself."""

@@ -53,9 +53,11 @@ def find_structure(evaluation: Evaluation) -> Structure:
 
     leaked, errors = evaluation.at_first(check, backend.array([0, 0], "int32"))
     errors = ops.convert_to_numpy(errors)
-    wrong = {n for n, e in zip(opened.layers, errors, strict=True) if e > TOLERANCE}
+    limit = evaluation.beyond_rounding(TOLERANCE)
+    wrong = {n for n, e in zip(opened.layers, errors, strict=True) if e > limit}
     _warn([*not_linear, *(opened.layers[number][0] for number in sorted(wrong))])
-    return structure.without(wrong).replaced(samples_interact=_interact(leaked))
+    interact = _interact(evaluation, leaked)
+    return structure.without(wrong).replaced(samples_interact=interact)
 
 
 def find_outputs(evaluation: Evaluation) -> Structure:
@@ -84,7 +86,7 @@ def find_outputs(evaluation: Evaluation) -> Structure:
 
     check = functools.partial(_leak_of_any, structure)
     leaked = evaluation.at_first(check, backend.array([0, 0], "int32"))
-    return structure.replaced(samples_interact=_interact(leaked))
+    return structure.replaced(samples_interact=_interact(evaluation, leaked))
 
 
 def _leak_of_any(
@@ -97,13 +99,13 @@ def _leak_of_any(
     return leak(structure, state, batch, key)
 
 
-def _interact(leaked: Tensor) -> bool:
+def _interact(evaluation: Evaluation, leaked: Tensor) -> bool:
     """Whether samples interact, by their leak.
 
     Independent ones leak an exact zero, but for sums over the batch that cancel; real
     interaction is orders above.
     """
-    return bool(ops.convert_to_numpy(leaked) > LEAK)
+    return bool(ops.convert_to_numpy(leaked) > evaluation.beyond_rounding(LEAK))
 
 
 def _warn(layers: list[Any]) -> None:

@@ -115,7 +115,7 @@ class ExactDiagonal:
             ops.convert_to_numpy(x) for x in certificates
         )
         # Rounding is orders below, a curved activation orders above.
-        threshold = np.finfo(layout.dtype).eps ** (2 / 3)
+        threshold = structure.loss.epsilon ** (2 / 3)
         piecewise: set[Place] = set()
         num_outputs = math.inf
         if coupling < threshold:

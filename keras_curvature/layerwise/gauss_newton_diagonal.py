@@ -17,6 +17,7 @@ from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.sampled import Draw, Samples
 from keras_curvature.layerwise.structure import Name, num_samples
 from keras_curvature.loss import State
+from keras_curvature.parameters import full_precision
 
 
 class GaussNewtonDiagonal:
@@ -102,7 +103,7 @@ class GaussNewtonDiagonal:
             return True
         key = backend.array([0, 0], "int32")
         leak = self._evaluation.at_first(self._leak, key)
-        return bool(ops.convert_to_numpy(leak) > LEAK)
+        return bool(ops.convert_to_numpy(leak) > self._evaluation.beyond_rounding(LEAK))
 
     # While tracing
 
@@ -123,7 +124,7 @@ class GaussNewtonDiagonal:
             leaked = ops.max(ops.abs(product * (1 - mask)))
             whole = ops.max(ops.abs(product))
             leaks.append(leaked / ops.where(whole > 0, whole, 1))
-        return ops.maximum(*leaks)
+        return ops.cast(ops.maximum(*leaks), "float32")
 
     def _by_outputs(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         recording = LayerRecording(self._structure, state, batch, True)
@@ -141,8 +142,11 @@ class GaussNewtonDiagonal:
         recording = LayerRecording(self._structure, state, batch, True)
         space = OutputSpace(recording)
         s = space.hessian_by_position() if by_position else space.hessian()
-        eigenvalues, vectors = ops.linalg.eigh(s)
+        # No eigenvectors in half precision anywhere.
+        dtype = full_precision(ops.dtype(s))
+        eigenvalues, vectors = ops.linalg.eigh(ops.cast(s, dtype))
         root = vectors * ops.sqrt(ops.maximum(eigenvalues, 0))[:, None, :]
+        root = ops.cast(root, s.dtype)
         uncovered = [i for i in self._uncovered if i in recording.point]
         wanted: list[Name] = [*uncovered, *recording.shifts]
         back = space.back(wanted)

@@ -34,6 +34,7 @@ from keras_curvature.layerwise.outputs import OutputSpace
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.structure import Name, Structure
 from keras_curvature.loss import State
+from keras_curvature.parameters import full_precision
 
 #: `"diagonal"` or `"softmax"`.
 Form: TypeAlias = str
@@ -75,13 +76,14 @@ def find_forms(evaluation: Evaluation, structure: Structure) -> Forms | None:
 
     key = backend.array([0, 0], "int32")
     found, coupling = map(ops.convert_to_numpy, evaluation.at_first(errors, key))
-    if not coupling <= TOLERANCE:
+    limit = evaluation.beyond_rounding(TOLERANCE)
+    if not coupling <= limit:
         return None
     forms = []
     for diagonal, softmax in found:
-        if diagonal <= TOLERANCE:
+        if diagonal <= limit:
             forms.append("diagonal")
-        elif softmax <= TOLERANCE:
+        elif softmax <= limit:
             forms.append("softmax")
         else:
             return None
@@ -117,7 +119,7 @@ def _softmax(
     p = ops.softmax(recording.taps[name], axis=-1)
     unit = ops.sum(v * _covariance(ops.ones_like(p[..., :1]), p, v), -1, keepdims=True)
     # Of a position that is certain already, or masked, nothing is left.
-    tiny = float(np.finfo(ops.dtype(p)).tiny) ** 0.5
+    tiny = float(np.finfo(full_precision(ops.dtype(p))).tiny) ** 0.5
     sure = unit > tiny
     scale = ops.sum(v * u, -1, keepdims=True) / ops.where(sure, unit, 1)
     return ops.where(sure, scale, 0), p

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_curvature import backend
 from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.recording import LayerRecording
+from keras_curvature.parameters import epsilon_of
 
 
 def penalty(recording: LayerRecording, i: int) -> Tensor:
@@ -79,5 +79,5 @@ def _exact(
     ones = multiply(ops.ones_like(value))
     dtype = keras.backend.standardize_dtype(value.dtype)
     off = _off_diagonal(multiply, value, key, i)
-    diagonal = off <= np.finfo(dtype).eps ** (2 / 3)
+    diagonal = off <= epsilon_of(dtype) ** (2 / 3)
     return ops.cond(diagonal, lambda: ones, by_basis)

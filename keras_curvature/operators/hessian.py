@@ -65,6 +65,10 @@ class HessianOperator:
             its noise: BatchNormalization takes the statistics of the batch, and is
             differentiated through them; Dropout, noise and augmentation are still.
             `False` is as in inference, `True` as in training with its noise.
+        half_precision: whether layers and variables in bfloat16 stay so. Otherwise they
+            compute in float32, which takes a copy of the variables and twice the
+            memory of what layers compute, and gives figures that are good to rounding;
+            in bfloat16 they are wrong by some percent. Defaults to `False`.
         batch_size: splits arrays into chunks of this many samples whose products
             are summed, for probes larger than memory. For losses that are means
             over samples the result is the same; others give the mean over the
@@ -109,12 +113,13 @@ class HessianOperator:
         loss_fn: Callable[..., Any] | None = None,
         variables: Any = None,
         training: bool | None = None,
+        half_precision: bool = False,
         batch_size: int | str | None = None,
         across_processes: bool = False,
         hvp: str = "tape",
         jit_compile: bool = False,
     ):
-        _check_hvp(hvp)
+        _check_hvp(hvp, half_precision)
         self._class_weight = class_weight
         self._across_processes = across_processes
         known = given_themselves(variables) or getattr(model, "weights", [])
@@ -127,6 +132,7 @@ class HessianOperator:
             loss_fn=loss_fn,
             variables=variables,
             training=training,
+            half_precision=half_precision,
         )
         self._make(Evaluation(loss, data, jit_compile), hvp)
         # Variables that were made just now may have been placed elsewhere.
@@ -470,10 +476,16 @@ def _fit_to_memory(evaluation: Evaluation) -> Need:
     return need
 
 
-def _check_hvp(hvp: str) -> None:
+def _check_hvp(hvp: str, half_precision: bool = False) -> None:
     if hvp not in ("tape", "finite_difference"):
         raise ValueError(
             f'`hvp` must be "tape" or "finite_difference". Received: hvp={hvp!r}.'
+        )
+    if half_precision and hvp != "tape":
+        raise ValueError(
+            "Differences of gradients are mostly rounding in half precision. Received: "
+            f'hvp={hvp!r}, half_precision=True. Use hvp="tape", or leave '
+            "`half_precision` off."
         )
 
 
