@@ -29,7 +29,7 @@ OPTIMIZERS = {
     "AdamW": lambda: keras.optimizers.AdamW(1e-4),
     "Muon": lambda: keras.optimizers.Muon(1e-4),
     "SOAP": lambda: references.SOAP(1e-4),
-    "DiagonalNewton": lambda: kc.DiagonalNewton(1e-3),
+    "DiagonalNewton, entries": lambda: kc.DiagonalNewton(1e-3, axes=None),
     "DiagonalNewton, axes": lambda: kc.DiagonalNewton(1e-3, axes="layer"),
 }
 

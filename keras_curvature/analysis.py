@@ -105,9 +105,9 @@ def hessian_diagonal(
             coordinates: `None` for its entries, or a pair of orthogonal matrices A
             and B, of which one may be `None` for ones. The variable is read as a
             matrix W with as many rows as A, and the diagonal is that by `Aᵀ W B`, in
-            the variable's shape. `DiagonalNewton(axes="layer").curvature_axes()` is
-            such a list. For the methods `"exact"` (which takes a product for each
-            entry then), `"layerwise"` and `"hutchinson"`.
+            the variable's shape. `DiagonalNewton().curvature_axes()` is such a list.
+            `"exact"` takes a product for each entry then, and `"auto"` only where
+            those are few.
         verbose: whether to show progress; `"auto"` does if it takes long.
         **options: further arguments of `HessianOperator`.
 

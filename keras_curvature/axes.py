@@ -62,6 +62,19 @@ def turned_back(x: Tensor, axes: Axes, lead: int = 0) -> Tensor:
     return turned(x, (left, right), lead)
 
 
+def spread(x: Tensor, axes: Axes) -> Tensor:
+    """The diagonal, in the axes, of a diagonal matrix: `(A²)ᵀ X B²`.
+
+    Args:
+        x: the entries of the matrix, shaped like the variable.
+        axes: its axes.
+    """
+    if axes is None:
+        return x
+    left, right = (None if q is None else ops.square(q) for q in axes)
+    return turned(x, (left, right))
+
+
 def check(axes: Sequence[Any], shapes: Sequence[Sequence[int]]) -> list[Axes]:
     """Axes as the user gave them, one entry for each variable.
 

@@ -39,9 +39,6 @@ METHODS = (
     "gauss_newton",
 )
 
-#: Those that know the diagonal in axes of the variables.
-IN_AXES = ("auto", "exact", "layerwise", "hutchinson")
-
 #: Those whose price is a number of samples.
 SAMPLED = ("shrunk", "split", "layerwise", "hutchinson")
 
@@ -229,13 +226,15 @@ def diagonal_moments(
         split, shrink = _split(operator), method == "shrunk"
         kinds = split.kinds(operator, shrink)
         budget = estimators.check_budget(num_matvecs, tolerance) if sampled else samples
-        moments = split.moments(operator, budget, tolerance, seed, shrink, progress)
+        moments = split.moments(
+            operator, budget, tolerance, seed, shrink, progress, axes
+        )
         rest = " and ".join(f"sampled along {_PLACES[kind]}" for kind in kinds)
         return _told(moments, operator, f"Gauss-Newton part, and the rest {rest}")
     if method == "gauss_newton":
         gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)
         if not sampled:
-            diagonal, passes = gauss_newton.compute(max_matvecs)
+            diagonal, passes = gauss_newton.compute(max_matvecs, axes)
             moments = estimators.moments_of_diagonal(
                 diagonal, passes, operator.sizes, operator.place
             )
@@ -303,24 +302,13 @@ def _told(
 def _method_in_axes(
     operator: HessianOperator, method: str, num_matvecs: int | None
 ) -> str:
-    """What a method stands for in axes of the variables.
-
-    Known there are products with H, and samples at the layers' outputs.
-    """
-    if method == "auto":
-        budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
-        if operator.shape[0] <= budget:
-            return "exact"
-        return "layerwise" if has_layers(operator) else "hutchinson"
-    if method not in IN_AXES:
-        raise ValueError(
-            "In axes of the variables the diagonal is known by other methods: "
-            f"{', '.join(map(repr, IN_AXES))}. Received: method={method!r}"
-        )
-    if method == "layerwise" and not has_layers(operator):
-        warnings.warn(_NO_LAYERS, stacklevel=5)
-        return "hutchinson"
-    return method
+    """What a method stands for in axes of the variables: no plan is known there."""
+    if method != "auto":
+        return method
+    budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
+    if operator.shape[0] <= budget:
+        return "exact"
+    return sampled_method(operator)
 
 
 def has_layers(operator: HessianOperator) -> bool:

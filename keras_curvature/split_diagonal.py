@@ -14,11 +14,12 @@ from keras import ops
 from numpy.typing import NDArray
 
 from keras_curvature import estimators
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.estimators import MINIMUM_SAMPLES, Moments
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import SplitDiagonal
-from keras_curvature.operators import HessianOperator
+from keras_curvature.operators import HessianOperator, TurnedOperator
 from keras_curvature.progress import Progress
 
 _Array = NDArray[np.float64]
@@ -72,6 +73,7 @@ class SplitMoments:
         seed: int,
         shrink: bool,
         progress: Progress | None = None,
+        axes: list[Axes] | None = None,
     ) -> Moments:
         """Diagonal and trace for a budget of products.
 
@@ -87,6 +89,7 @@ class SplitMoments:
             seed: a seed of the random signs.
             shrink: whether the second part is shrunk; the diagonal is unbiased if not.
             progress: told after each few samples; says whether to go on.
+            axes: of each variable, that the diagonal is taken in.
         """
         going = _Going(progress, budget)
         spent = budget if tolerance is None else min(budget, MINIMUM_SAMPLES)
@@ -95,9 +98,9 @@ class SplitMoments:
         exact, passes = None, plan(budget).passes
         if self.parts.num_outputs <= 2 * passes:
             passes = int(self.parts.num_outputs)
-            exact = self.parts.exact_gauss_newton()
-        g = self._samples("", operator, seed)
-        rest = [self._samples(kind, operator, seed) for kind in kinds]
+            exact = self.parts.exact_gauss_newton(axes)
+        g = self._samples("", operator, seed, axes=axes)
+        rest = [self._samples(kind, operator, seed, axes=axes) for kind in kinds]
         while True:
             now = plan(spent)
             if exact is not None:
@@ -221,19 +224,28 @@ class SplitMoments:
         operator: HessianOperator,
         seed: int,
         purpose: int | None = None,
+        axes: list[Axes] | None = None,
     ) -> estimators.PartSamples:
         """Samples of the second part by their kind, or of the first part without."""
         usual = _REST if kind else _GAUSS_NEWTON
         key = estimators.seed_key(seed, usual if purpose is None else purpose)
         if kind == WHOLE:
+            along: HessianOperator | TurnedOperator = operator
+            if axes is not None:
+                layout = operator.evaluation.loss.layout
+                along = TurnedOperator(operator, layout, axes)
             return estimators.PartSamples(
-                functools.partial(_of_whole, operator, key), self._sizes, whole=True
+                functools.partial(_of_whole, along, key), self._sizes, whole=True
             )
         samples = self.parts.rest[kind] if kind else self.parts.gauss_newton
-        return estimators.PartSamples(functools.partial(samples, key), self._sizes)
+        return estimators.PartSamples(
+            functools.partial(samples, key, axes=axes), self._sizes
+        )
 
 
-def _of_whole(operator: HessianOperator, key: Tensor, start: int, width: int) -> Tensor:
+def _of_whole(
+    operator: HessianOperator | TurnedOperator, key: Tensor, start: int, width: int
+) -> Tensor:
     products = estimators.Products(operator)
     with products.working():
         signs = products.signs(key, start, width)

@@ -45,10 +45,12 @@ ROOMS = {
         "evaluation",
         "keras_internals",
         "loss",
+        "parameters",
     },
     "estimators": {"backend"},
     "record": {"backend"},
     "split_diagonal": {
+        "axes",
         "backend",
         "estimators",
         "evaluation",

@@ -100,16 +100,71 @@ def test_against_the_dense_hessian(name, one_sided, float64):
         operator, method="exact", axes=axes, max_matvecs=1000
     ).value
     assert_close(operator.flatten(exact), truth)
-    for method in ("layerwise", "hutchinson"):
-        drawn = [
+    for method in ("layerwise", "hutchinson", "split"):
+        if method == "split" and name == "normalized":
+            continue
+        assert_unbiased(_drawn(operator, method, axes), truth)
+
+
+def _drawn(operator, method, axes, num_matvecs=8, seeds=48):
+    """Estimates of several seeds, side by side."""
+    return np.stack(
+        [
             operator.flatten(
                 kc.hessian_diagonal(
-                    operator, method=method, axes=axes, num_matvecs=8, seed=seed
+                    operator,
+                    method=method,
+                    axes=axes,
+                    num_matvecs=num_matvecs,
+                    seed=seed,
                 ).value
             )
-            for seed in range(48)
-        ]
-        assert_unbiased(np.stack(drawn, axis=1), truth)
+            for seed in range(seeds)
+        ],
+        axis=1,
+    )
+
+
+def _gauss_newton(name):
+    """The dense Gauss–Newton matrix of a mean squared error, by differences.
+
+    With the curvature of penalties, as `method="gauss_newton"` has it.
+    """
+    operator = _probed(name)[0]
+    model, (x, _, _) = operator.evaluation.loss.model, operator.evaluation.data.first()
+    columns = []
+    for variable in operator.variables:
+        value = variable.numpy()
+        for k in range(value.size):
+            moved = []
+            for step in (1e-5, -1e-5):
+                flat = value.copy().ravel()
+                flat[k] += step
+                variable.assign(flat.reshape(value.shape))
+                moved.append(ops.convert_to_numpy(model(x)).ravel())
+            variable.assign(value)
+            columns.append((moved[0] - moved[1]) / 2e-5)
+    jacobian = np.stack(columns, axis=1)
+    matrix = 2 / len(jacobian) * jacobian.T @ jacobian
+    penalties = [
+        12 * v.numpy().ravel() ** 2 if v.regularizer else np.zeros(v.numpy().size)
+        for v in operator.variables
+    ]
+    return matrix + np.diag(np.concatenate(penalties))
+
+
+@pytest.mark.parametrize("one_sided", [False, True], ids=["both", "right"])
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "normalized"])
+def test_gauss_newton_against_the_dense_matrix(name, one_sided, float64):
+    """Exactly, by samples, and as the first of two parts."""
+    operator = _probed(name)[0]
+    axes, q = _random_axes(operator, one_sided)
+    truth = np.diag(q.T @ _gauss_newton(name) @ q)
+    exact = kc.hessian_diagonal(operator, method="gauss_newton", axes=axes).value
+    np.testing.assert_allclose(operator.flatten(exact), truth, 1e-6, 1e-8)
+    assert_unbiased(_drawn(operator, "gauss_newton", axes), truth)
+    # Of a single product there is the first part alone.
+    assert_unbiased(_drawn(operator, "shrunk", axes, 1, 64), truth)
 
 
 def test_the_short_way_is_the_long_way(float64, monkeypatch):
@@ -147,8 +202,12 @@ def test_axes_that_do_not_fit(wrong):
         kc.hessian_diagonal(model, np.ones((2, 4)), np.ones((2, 2)), axes=wrong)
 
 
-def test_methods_that_know_no_axes():
+def test_the_best_method_in_axes():
+    """That of entries, but for the plans that are known for these alone."""
     operator = _operator("attention")
     axes, _ = _random_axes(operator, False)
-    with pytest.raises(ValueError, match="In axes.*Received: method='shrunk'"):
-        kc.hessian_diagonal(operator, method="shrunk", axes=axes)
+    estimate = kc.hessian_diagonal(operator, axes=axes, num_matvecs=8)
+    assert all("Gauss-Newton part" in way for way in estimate.ways.values())
+    few = kc.hessian_diagonal(operator, axes=axes, num_matvecs=operator.shape[0])
+    assert few.standard_error is not None
+    assert set(few.ways.values()) == {"exact, by parameters"}

@@ -70,15 +70,15 @@ METHODS = {
     "Sophia": _SOPHIA["layerwise"],
     "Sophia, Hutchinson": _SOPHIA["Hutchinson"],
     # Rates are ten times AdamW's for steps of the same length, and so decay as much.
-    "DiagonalNewton": Method(
-        lambda: kc.DiagonalNewton(weight_decay=0.0004),
+    "DiagonalNewton, entries": Method(
+        lambda: kc.DiagonalNewton(weight_decay=0.0004, axes=None),
         _DEFAULT,
         values=(0.0004, 0.02),
         **_FEED,
     ),
     # The same rule with ĥ = 0: what curvature itself is worth.
-    "without curvature": Method(
-        lambda: kc.DiagonalNewton(weight_decay=0.0004),
+    "entries, without curvature": Method(
+        lambda: kc.DiagonalNewton(weight_decay=0.0004, axes=None),
         _DEFAULT,
         values=(0.0004, 0.02),
     ),
@@ -94,7 +94,9 @@ METHODS = {
         _DEFAULT,
         values=(0.0004, 0.02),
     ),
+    # What one gets who tunes nothing: with axes, fed and not.
     "DiagonalNewton, defaults": Method(
         kc.DiagonalNewton, _DEFAULT, tuned=False, **_FEED
     ),
+    "defaults, without curvature": Method(kc.DiagonalNewton, _DEFAULT, tuned=False),
 }

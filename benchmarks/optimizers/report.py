@@ -23,8 +23,8 @@ DRAWN = {
     "Muon": "C7",
     "SOAP": "C4",
     "Sophia": "C2",
-    "DiagonalNewton": "C0",
-    "DiagonalNewton, defaults": "C0",
+    "DiagonalNewton, entries": "C0",
+    "DiagonalNewton, defaults": "C3",
     "DiagonalNewton, axes": "C3",
     "axes, without curvature": "C3",
 }

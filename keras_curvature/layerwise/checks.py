@@ -223,6 +223,7 @@ def jacobian_errors(
                         inputs = path.inputs
                         inputs = None if inputs is None else inputs[:_SAMPLES]
                         part = ops.sum(path.per_sample(inputs, v), axis=0)
+                        part = ops.cast(part, state.values[i].dtype)
                         carried[i] = carried[i] + part if i in carried else part
             return ops.stop_gradient(met.output)
 

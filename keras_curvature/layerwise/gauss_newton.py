@@ -26,7 +26,7 @@ ROWS_ELEMENTS = 2**24
 
 
 def diagonal(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
-    """The exact diagonal of the Gauss–Newton matrix.
+    """The exact diagonal of the Gauss–Newton matrix, in the variables' axes.
 
     `Σ_n Σ_c (J_nᵀ a_nc) ⊙ (J_nᵀ b_nc)` with the rows `a_c = ∂f_c/∂z` and
     `b_c = Σ_d S_cd ∂f_d/∂z`: no matrix has to be factorized.
@@ -42,15 +42,16 @@ def diagonal(recording: LayerRecording, variables: list[int]) -> dict[int, Tenso
     if not variables:
         return {}
     space = OutputSpace(recording)
-    paths = {i: recording.paths(i) for i in variables}
+    paths = {i: recording.paths_in_axes(i) for i in variables}
     wanted = sorted({place for uses in paths.values() for _, place in uses})
     shifts = {place: recording.point[place] for place in wanted}
-    # One use at one position: products of rows may be summed before they are
-    # multiplied by the inputs.
+    # One use at one position, along entries: products of rows may be summed before
+    # they are multiplied by the inputs.
     pointwise = {
         i: uses[0]
         for i, uses in paths.items()
         if len(uses) == 1
+        and recording.axes[i] is None
         and shifts[uses[0][1]].shape[0]
         and uses[0][0].pointwise(shifts[uses[0][1]].shape)
     }

@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
@@ -52,7 +53,9 @@ class GaussNewtonDiagonal:
         self._exact = evaluation.mean_of(self._by_outputs)
         self._samples: Samples | None = None
 
-    def compute(self, max_matvecs: float = math.inf) -> tuple[Tensor, int]:
+    def compute(
+        self, max_matvecs: float = math.inf, axes: list[Axes] | None = None
+    ) -> tuple[Tensor, int]:
         """The exact diagonal, and the backward passes that it took.
 
         One backward pass per scalar output of the model serves all layers with a
@@ -60,6 +63,7 @@ class GaussNewtonDiagonal:
 
         Args:
             max_matvecs: how many it may be.
+            axes: of each variable, that the diagonal is taken in.
 
         Returns:
             A flat tensor `(P,)` on the device, and their number.
@@ -76,7 +80,7 @@ class GaussNewtonDiagonal:
                 f"max_matvecs={max_matvecs:,}. Pass `num_matvecs` for an estimate "
                 "from so many samples, or raise `max_matvecs`."
             )
-        return self._exact(), passes
+        return self._exact(*([] if axes is None else [axes])), passes
 
     @property
     def samples(self) -> Samples:
@@ -88,7 +92,9 @@ class GaussNewtonDiagonal:
             by_position = not self._positions_interact()
             self._samples = Samples(
                 self._evaluation,
-                lambda state, batch: self._prepared(state, batch, by_position),
+                lambda state, batch, *axes: self._prepared(
+                    state, batch, by_position, *axes
+                ),
             )
         return self._samples
 
@@ -126,8 +132,10 @@ class GaussNewtonDiagonal:
             leaks.append(leaked / ops.where(whole > 0, whole, 1))
         return ops.cast(ops.maximum(*leaks), "float32")
 
-    def _by_outputs(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        recording = LayerRecording(self._structure, state, batch, True)
+    def _by_outputs(
+        self, state: State, batch: Batch, axes: list[Axes] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        recording = LayerRecording(self._structure, state, batch, True, axes=axes)
         key = backend.array([0, 0], "int32")
         parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
         parts |= _by_samples(recording, self._uncovered)
@@ -137,9 +145,13 @@ class GaussNewtonDiagonal:
         )
 
     def _prepared(
-        self, state: State, batch: Batch, by_position: bool
+        self,
+        state: State,
+        batch: Batch,
+        by_position: bool,
+        axes: list[Axes] | None = None,
     ) -> tuple[Tensor, Draw]:
-        recording = LayerRecording(self._structure, state, batch, True)
+        recording = LayerRecording(self._structure, state, batch, True, axes=axes)
         space = OutputSpace(recording)
         s = space.hessian_by_position() if by_position else space.hessian()
         # No eigenvectors in half precision anywhere.
@@ -186,7 +198,10 @@ def _by_samples(recording: LayerRecording, variables: list[int]) -> dict[int, Te
         ]
         rows = (ops.one_hot(c, space.count, dtype=s.dtype)[None], s[:, c])
         first, second = (back(space.parted(here * row)) for row in rows)
-        return [first[i] * second[i] for i in acting]
+        return [
+            recording.turned(i, first[i]) * recording.turned(i, second[i])
+            for i in acting
+        ]
 
     elements = sum(math.prod(recording.point[i].shape) for i in acting)
     fold = min(256, max(1, 2**20 // max(1, elements)))

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes, spread, turned, turned_back
 from keras_curvature.backend import Tensor
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.parameters import epsilon_of
@@ -31,7 +32,7 @@ def off_diagonal(recording: LayerRecording, i: int, key: Tensor) -> Tensor:
 
 
 def exact_penalty(recording: LayerRecording, i: int, key: Tensor) -> Tensor:
-    """The diagonal of a penalty's Hessian, whether it is diagonal or not.
+    """The diagonal of a penalty's Hessian, whether it is diagonal or not, in its axes.
 
     Of a variable that no rule covers only the regularizer is known to be a penalty.
     While tracing.
@@ -46,7 +47,7 @@ def exact_penalty(recording: LayerRecording, i: int, key: Tensor) -> Tensor:
         multiply = alone.product([i], [i])
     else:
         return ops.zeros_like(value)
-    return _exact(lambda v: multiply({i: v})[i], value, key, i)
+    return _exact(lambda v: multiply({i: v})[i], value, key, i, recording.axes[i])
 
 
 def _off_diagonal(
@@ -64,14 +65,14 @@ def _off_diagonal(
 
 
 def _exact(
-    multiply: Callable[[Tensor], Tensor], value: Tensor, key: Tensor, i: int
+    multiply: Callable[[Tensor], Tensor], value: Tensor, key: Tensor, i: int, axes: Axes
 ) -> Tensor:
     """By ones where that is right, which is decided when it runs."""
     size = math.prod(value.shape)
 
     def entry(j: Any) -> list[Tensor]:
         e = ops.reshape(ops.one_hot(j, size, dtype=value.dtype), value.shape)
-        return [e * multiply(e)]
+        return [e * turned(multiply(turned_back(e, axes)), axes)]
 
     def by_basis() -> Tensor:
         return backend.sum_range(entry, size, max(1, min(256, 2**20 // size)))[0]
@@ -80,4 +81,4 @@ def _exact(
     dtype = keras.backend.standardize_dtype(value.dtype)
     off = _off_diagonal(multiply, value, key, i)
     diagonal = off <= epsilon_of(dtype) ** (2 / 3)
-    return ops.cond(diagonal, lambda: ones, by_basis)
+    return ops.cond(diagonal, lambda: spread(ones, axes), by_basis)

@@ -188,6 +188,7 @@ class LayerRecording:
 
     Attributes:
         structure: as given.
+        axes: of each variable.
         point: what is differentiated by: direct variables by number, zero shifts by
             place or statistic.
         loss, taps, gradient, product, pull_back: those of the backend's `Recording`.
@@ -203,7 +204,7 @@ class LayerRecording:
         axes: Sequence[Axes] | None = None,
     ):
         self.structure = structure
-        self._axes = axes or [None] * len(state.values)
+        self.axes: list[Axes] = list(axes or [None] * len(state.values))
         self._made_of = state, batch
         opened = OpenedLoss(structure, outputs, residual)
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
@@ -257,9 +258,16 @@ class LayerRecording:
             if path.variable is variable
         ]
 
+    def paths_in_axes(self, i: int) -> list[tuple[Any, Place]]:
+        """`paths`, in that variable's axes."""
+        axes = self.axes[i]
+        if axes is None:
+            return self.paths(i)
+        return [(path_in_axes(path, axes), place) for path, place in self.paths(i)]
+
     def turned(self, i: int, x: Tensor) -> Tensor:
         """What is shaped like a variable, by number, in that variable's axes."""
-        return turned(x, self._axes[i])
+        return turned(x, self.axes[i])
 
     @property
     def statistics(self) -> list[Statistic]:
@@ -294,7 +302,8 @@ class LayerRecording:
         for i, value in enumerate(self._made_of[0].values):
             total = cotangents[i] if i in cotangents else ops.zeros_like(value)
             for path, place in self.paths(i):
-                total = total + path.total(cotangents[place])
+                own = path.total(cotangents[place])
+                total = total + ops.cast(own, total.dtype)
             totals.append(total)
         return totals
 
@@ -322,20 +331,17 @@ class LayerRecording:
             part = ops.zeros_like(value)
             if i in v:
                 part = self.turned(i, v[i]) * self.turned(i, u[i])
-            mine = [(path, place) for path, place in self.paths(i) if place in v]
+            mine = [one for one in self.paths_in_axes(i) if one[1] in v]
             if mine:
-                part = part + stacked_products(
-                    [self._in_axes(i, path) for path, _ in mine],
+                # A layer may compute in another type than its variables have.
+                products = stacked_products(
+                    [path for path, _ in mine],
                     [v[place] for _, place in mine],
                     [u[place] for _, place in mine],
                 )
+                part = part + ops.cast(products, part.dtype)
             diagonal.append(part)
         return diagonal
-
-    def _in_axes(self, i: int, path: Any) -> Any:
-        """A path of a variable, by number, to its axes."""
-        axes = self._axes[i]
-        return path if axes is None else path_in_axes(path, axes)
 
 
 def _lagrangian(

@@ -18,6 +18,7 @@ import functools
 from keras import ops
 
 from keras_curvature import backend
+from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
@@ -84,14 +85,22 @@ class SplitDiagonal:
         self._structure = opened
         self._exact = evaluation.mean_of(self._all_of_gauss_newton)
 
-    def exact_gauss_newton(self) -> Tensor:
-        """The first part exactly, `(P,)`, for `num_outputs` backward passes."""
-        return self._exact()
+    def exact_gauss_newton(self, axes: list[Axes] | None = None) -> Tensor:
+        """The first part exactly, `(P,)`, for `num_outputs` backward passes.
+
+        Args:
+            axes: of each variable, that the diagonal is taken in.
+        """
+        return self._exact(*([] if axes is None else [axes]))
 
     # While tracing
 
-    def _all_of_gauss_newton(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        recording = LayerRecording(self._structure, state, batch, outputs=True)
+    def _all_of_gauss_newton(
+        self, state: State, batch: Batch, axes: list[Axes] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        recording = LayerRecording(
+            self._structure, state, batch, outputs=True, axes=axes
+        )
         parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
         layout = self._structure.loss.layout
         return recording.loss, layout.joined(
@@ -103,9 +112,13 @@ class SplitDiagonal:
 
 
 def _of_gauss_newton(
-    structure: Structure, forms: Forms, state: State, batch: Batch
+    structure: Structure,
+    forms: Forms,
+    state: State,
+    batch: Batch,
+    axes: list[Axes] | None = None,
 ) -> tuple[Tensor, Draw]:
-    recording = LayerRecording(structure, state, batch, outputs=True)
+    recording = LayerRecording(structure, state, batch, outputs=True, axes=axes)
     roots, wanted = Roots(recording, forms), _moved(recording)
     back = recording.pull_back(structure.outputs, wanted)
     penalties = _penalties(recording)
@@ -118,8 +131,10 @@ def _of_gauss_newton(
     return recording.loss, draw
 
 
-def _of_rest(structure: Structure, state: State, batch: Batch) -> tuple[Tensor, Draw]:
-    recording = LayerRecording(structure, state, batch, residual=True)
+def _of_rest(
+    structure: Structure, state: State, batch: Batch, axes: list[Axes] | None = None
+) -> tuple[Tensor, Draw]:
+    recording = LayerRecording(structure, state, batch, residual=True, axes=axes)
     moved = _moved(recording)
     multiply = recording.product(moved, moved)
     # What stands for a penalty and nothing else does not move; of others it is known.

@@ -78,7 +78,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     quadratics. Keras' `clipnorm` and its relatives act before all of this, on the raw
     gradient.
 
-    *In the axes of each layer*, with `axes="layer"`, all of this happens in other
+    *In the axes of each layer*, unless `axes=None`, all of this happens in other
     coordinates. A variable W with rows and columns becomes `Aᵀ W B`, where A and B are
     the eigenvectors of averages of `G Gᵀ` and `Gᵀ G`, G its gradient: there the Hessian
     of a layer is nearer to diagonal. g, m, v, ĥ and the step are those of `Aᵀ W B`;
@@ -98,7 +98,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     gradient of `a + b` samples.
 
     *Without curvature*, before the first delivery, what remains is Adam's step
-    everywhere. A warning tells of it once.
+    everywhere. In the axes of layers that is what most networks need, and no less than
+    curvature gives them. A warning tells of it once where no variable has axes: what
+    is linear, or badly scaled, needs curvature.
 
     From AdaHessian (Yao et al., AAAI 2021, arXiv 2006.00719) comes momentum divided
     by a debiased average of the diagonal. It averages the squares of single noisy
@@ -116,7 +118,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     ```python
     model.compile(optimizer=kc.DiagonalNewton(), loss="mse")
-    model.fit(x, y, callbacks=[kc.CurvatureFeed((x, y))])
+    model.fit(x, y)                                          # a network
+    model.fit(x, y, callbacks=[kc.CurvatureFeed((x, y))])    # linear, badly scaled
     ```
 
     Args:
@@ -131,8 +134,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             of the parameters; or `None` for plain Newton steps. Defaults to `0.1`.
         relative_radius: float, at least 0: the trust radius of a large parameter, as
             a share of its size. Defaults to `0.3`.
-        axes: `None` for steps along the entries of each variable, `"layer"` for steps
-            along the axes of each layer. Defaults to `None`.
+        axes: `"layer"` for steps along the axes of each layer, `None` for steps along
+            the entries of each variable. Defaults to `"layer"`.
         beta_3: float in [0, 1), the decay of the average of squared gradients per
             step. `None`, the default: 0.999, as in Adam; 0.95 for variables both of
             whose sides have axes.
@@ -167,7 +170,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         beta_2: float = 0.95,
         radius: float | None = 0.1,
         relative_radius: float = 0.3,
-        axes: str | None = None,
+        axes: str | None = "layer",
         beta_3: float | None = None,
         nu: float | None = None,
         weight_decay: float | None = None,
@@ -234,7 +237,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def build(self, variables: list[Any]) -> None:
         """Creates the slots: three numbers for each parameter, and two counters.
 
-        With `axes="layer"`, also two square matrices for each side that is turned.
+        And two square matrices for each side that is turned.
 
         Args:
             variables: list of the model's trainable variables.
@@ -322,19 +325,18 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             trainable_variables: list of variables. Defaults to those that the
                 optimizer was built with.
         """
+        super().apply([_dense(g) for g in grads], trainable_variables)
         # Runs in Python once per trace. `fit` traces its step after `on_train_begin`,
-        # where the monitor makes its first delivery.
-        if not (self._has_curvature or self._warned):
+        # where the feed makes its first delivery.
+        if not (self._has_curvature or self._warned or any(self._sides)):
             self._warned = True
-            own = " in the axes of the layers" if self.axes else ""
             warnings.warn(
                 f"`{self.name}` takes its first step without curvature. Until it is "
-                f"given some, its steps are Adam's{own}. Add "
-                "`keras_curvature.CurvatureMonitor(probe_data=...)` to the callbacks "
-                "of `fit`, or call `optimizer.update_hessian_diagonal(diagonals)`.",
+                "given some, its steps are Adam's. Add "
+                "`keras_curvature.CurvatureFeed(train_data)` to the callbacks of "
+                "`fit`, or call `optimizer.update_hessian_diagonal(diagonals)`.",
                 stacklevel=2,
             )
-        super().apply([_dense(g) for g in grads], trainable_variables)
 
     def _memory_of(self, sides: layer_axes.Sides | None) -> tuple[float, float]:
         """β₃ and ν of a variable."""

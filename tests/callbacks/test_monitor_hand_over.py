@@ -32,8 +32,8 @@ def no_warning():
 
 
 def newton(**arguments):
-    """The optimizer that holds the last diagonal as it was delivered."""
-    return kc.DiagonalNewton(0.05, beta_2=0.0, **arguments)
+    """The optimizer that holds the last diagonal as it was delivered, by entries."""
+    return kc.DiagonalNewton(0.05, beta_2=0.0, axes=None, **arguments)
 
 
 def held(optimizer):

@@ -50,7 +50,7 @@ def test_beside_the_tensorboard_callback(order, update_freq, tmp_path):
 
 
 def test_the_whole_set_of_tags(tmp_path):
-    curvature = kc.CurvatureMonitor(data(), 5, tmp_path, num_matvecs=6)
+    curvature = kc.CurvatureMonitor(data(), 5, tmp_path, num_matvecs=12)
     model = network(optimizer=kc.DiagonalNewton())
     fit(model, curvature)
     layers = [layer["name"] for layer in curvature.history[0]["layers"]]

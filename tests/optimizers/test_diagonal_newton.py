@@ -50,9 +50,9 @@ class Reference:
 
 
 def built(values, **arguments):
-    """An optimizer built with variables of these values, and the variables."""
+    """An optimizer along entries, built with variables of these values; and these."""
     variables = [keras.Variable(v, name=f"v{i}") for i, v in enumerate(values)]
-    optimizer = DiagonalNewton(**arguments)
+    optimizer = DiagonalNewton(axes=None, **arguments)
     optimizer.build(variables)
     return optimizer, variables
 
@@ -259,9 +259,9 @@ def test_hand_over_errors():
 
 
 def test_one_warning_without_curvature():
-    """It names the monitor; none if curvature came before the first step."""
+    """It names the feed; none if curvature came before the first step."""
     optimizer, (x,) = built([np.zeros(2)])
-    with pytest.warns(UserWarning, match="CurvatureMonitor"):
+    with pytest.warns(UserWarning, match="CurvatureFeed"):
         optimizer.apply([keras.ops.array([3.0, -4.0])])
     # Adam's first step, of learning rate `η ρ`.
     rate = DiagonalNewton().learning_rate * 0.1

@@ -359,12 +359,15 @@ def test_frozen_layers_and_several_fits():
     assert not np.array_equal(model.layers[0].kernel.numpy(), frozen)
 
 
-def test_trains_without_curvature():
-    """One warning in a whole `fit`, and the loss goes down."""
-    model = mlp(DiagonalNewton())
-    with pytest.warns(UserWarning, match="CurvatureMonitor") as warned:
+@pytest.mark.parametrize("axes", ["layer", None])
+def test_trains_without_curvature(axes):
+    """One warning in a whole `fit`, none where there are axes; the loss goes down."""
+    model = mlp(DiagonalNewton(axes=axes))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         history = fit(model, 20, callbacks=[])
-    assert len([w for w in warned if "CurvatureMonitor" in str(w.message)]) == 1
+    told = [w for w in warned if "CurvatureFeed" in str(w.message)]
+    assert len(told) == (axes is None)
     assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
 
 
