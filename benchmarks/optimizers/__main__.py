@@ -21,8 +21,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 import measure
 import numpy as np
 import report
-from methods import METHODS
-from tasks import TASKS
+from methods import METHODS, OF_SWEEP
+from tasks import SWEPT, TASKS
 from train import Trainer
 from tuning import TRIALS, tune
 
@@ -30,12 +30,14 @@ from tuning import TRIALS, tune
 TUNING_SEED = 1000
 SEEDS = 5
 
+EVERY = TASKS | SWEPT
+
 
 def compare(task, method, seeds=SEEDS, trials=TRIALS):
     """Tunes a method on a task, and trains with what was best.
 
     Args:
-        task: name in `TASKS`.
+        task: name in `EVERY`.
         method: name in `METHODS`.
         seeds: number of trainings after tuning.
         trials: number of trainings that tune.
@@ -44,14 +46,14 @@ def compare(task, method, seeds=SEEDS, trials=TRIALS):
         Dictionary of plain numbers and lists, as it is kept in the results.
     """
     chosen = METHODS[method]
-    trainer = Trainer(TASKS[task], chosen)
+    trainer = Trainer(EVERY[task], chosen)
     tried, rate, value = [], chosen.rate, None
     if chosen.tuned:
         tried = tune(
             lambda rate, value: np.mean(
                 [
                     trainer.run(TUNING_SEED + i, rate, value)["held_out"][-1]
-                    for i in range(TASKS[task].tuning_seeds)
+                    for i in range(EVERY[task].tuning_seeds)
                 ]
             ),
             chosen.rate,
@@ -73,11 +75,12 @@ def compare(task, method, seeds=SEEDS, trials=TRIALS):
 def main():
     """Compares the methods on the tasks that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", choices=EVERY)
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--again", action="store_true", help="replaces what is there")
+    parser.add_argument("--sweep", action="store_true", help="other sizes of batches")
     parser.add_argument("--costs", action="store_true", help="only times")
     parser.add_argument("--report", action="store_true", help="only table and pictures")
     arguments = parser.parse_args()
@@ -85,12 +88,13 @@ def main():
         report.write()
         return
     warnings.simplefilter("ignore")
-    for task in arguments.tasks:
-        for method in arguments.methods:
+    tasks, methods = (SWEPT, OF_SWEEP) if arguments.sweep else (TASKS, METHODS)
+    for task in arguments.tasks or tasks:
+        for method in arguments.methods or methods:
             known = report.load(task).get(method)
             if arguments.costs:
                 if known and (arguments.again or "milliseconds" not in known):
-                    trainer = Trainer(TASKS[task], METHODS[method])
+                    trainer = Trainer(EVERY[task], METHODS[method])
                     known["milliseconds"] = trainer.costs()
                     results = report.load(task) | {method: known}
                     report.save(task, results, measure.environment())

@@ -52,6 +52,16 @@ _SOPHIA = _fed(references.Sophia, 0.003, "gamma", (0.01, 0.1))
 
 _DEFAULT = inspect.signature(kc.DiagonalNewton).parameters["learning_rate"].default
 
+#: Those that are compared on batches of other sizes.
+OF_SWEEP = (
+    "AdamW",
+    "Muon",
+    "SOAP",
+    "DiagonalNewton, axes",
+    "axes, without curvature",
+    "DiagonalNewton, defaults",
+)
+
 #: What `CurvatureFeed` does by itself.
 _FEED = {"curvature": "layerwise", "refresh": 100, "rows": 32}
 

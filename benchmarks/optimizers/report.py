@@ -6,8 +6,8 @@ import pathlib
 import re
 
 import numpy as np
-from methods import METHODS
-from tasks import TASKS
+from methods import METHODS, OF_SWEEP
+from tasks import SWEPT, TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "optimizers"
@@ -211,20 +211,45 @@ def variants():
     return "\n".join(lines)
 
 
+def sweep():
+    """Final held-out losses by size of the batches, the tasks' own among them."""
+    lines = ["| task | batch | " + " | ".join(OF_SWEEP) + " |"]
+    lines.append("|---|---|" + "---|" * len(OF_SWEEP))
+    for name in dict.fromkeys(key.rpartition("_")[0] for key in SWEPT):
+        sizes = {name: TASKS[name]}
+        sizes |= {k: t for k, t in SWEPT.items() if k.rpartition("_")[0] == name}
+        for key, task in sorted(sizes.items(), key=lambda item: item[1].batch):
+            results = load(key)
+            found = {m: finals(results[m]) for m in OF_SWEEP if m in results}
+            rows = {
+                m: {"held_out": x.mean(), "spread": x.std(ddof=1)}
+                for m, x in found.items()
+            }
+            cells = [
+                _loss("held_out")(rows[m], rows) if m in rows else "" for m in OF_SWEEP
+            ]
+            lines.append(
+                f"| {TASKS[name].title} | {task.batch} | " + " | ".join(cells) + " |"
+            )
+    return "\n".join(lines)
+
+
+def _fill(mark, text):
+    """Puts a text between its marks in the page."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, rest = PAGE.read_text().split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
 def write():
     """Puts the tables between their marks in docs/optimizer.md; draws the pictures."""
     loaded = ((task, load(task)) for task in TASKS)
     all_results = {task: found for task, found in loaded if BASELINE in found}
     figures = {task: summary(task, results) for task, results in all_results.items()}
-    begin, end = "<!-- tables -->", "<!-- end of tables -->"
-    page = PAGE.read_text()
-    before, rest = page.split(begin)
-    after = rest.split(end)[1]
-    PAGE.write_text(f"{before}{begin}\n\n{tables(figures)}\n\n{end}{after}")
-    begin, end = "<!-- variants -->", "<!-- end of variants -->"
-    before, rest = PAGE.read_text().split(begin)
-    after = rest.split(end)[1]
-    PAGE.write_text(f"{before}{begin}\n\n{variants()}\n\n{end}{after}")
+    _fill("tables", tables(figures))
+    _fill("batches", sweep())
+    _fill("variants", variants())
     draw_curves(all_results, "steps", IMAGES / "optimizer_steps.png")
     draw_curves(all_results, "seconds", IMAGES / "optimizer_seconds.png")
     draw_rates(all_results, IMAGES / "optimizer_learning_rates.png")

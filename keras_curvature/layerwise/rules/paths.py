@@ -25,8 +25,8 @@ from keras_curvature import backend
 from keras_curvature.axes import Axes, as_matrix, turned
 from keras_curvature.backend import Tensor
 
-#: Upper bound for the elements of a per-sample intermediate (64 MiB in float32).
-CHUNK_ELEMENTS = 2**24
+#: Upper bound for the elements of a per-sample intermediate (16 MiB in float32).
+CHUNK_ELEMENTS = 2**22
 
 
 class OuterProduct:
