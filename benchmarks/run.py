@@ -15,6 +15,7 @@ BENCHMARKS = (
     "spectrum_peers",
     "memory",
     "memory_prediction",
+    "half_precision",
     "overhead",
     "small_calls",
     "large_models",
