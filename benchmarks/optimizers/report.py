@@ -128,8 +128,8 @@ def summary(task, results):
     return rows
 
 
-def _table(figures, cell, title):
-    names = [n for n in METHODS if any(n in rows for rows in figures.values())]
+def _table(figures, cell, title, methods):
+    names = [n for n in methods if any(n in rows for rows in figures.values())]
     lines = [f"| {title} | " + " | ".join(names) + " |"]
     lines.append("|---|" + "---|" * len(names))
     for task, rows in figures.items():
@@ -182,9 +182,15 @@ def tables(figures):
         ("Share of the time spent on curvature", "share", "{:.0%}"),
         ("Learning rate", "rate", "{:.2g}"),
     ]
+    fed = [name for name, method in METHODS.items() if method.curvature]
     return "\n\n".join(
         f"**{title}**\n\n"
-        + _table(figures, _plain(key, form) if form else _loss(key), "task")
+        + _table(
+            figures,
+            _plain(key, form) if form else _loss(key),
+            "task",
+            fed if key in ("delivery", "share") else METHODS,
+        )
         for title, key, form in parts
     )
 
