@@ -264,14 +264,14 @@ def assert_close(actual, expected, rtol=1e-6):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)
 
 
-def assert_unbiased(samples, expected, sigmas=6):
+def assert_unbiased(samples, expected, sigmas=6, rounding=1e-7):
     """The mean is the truth within a bound that 10 000 entries do not exceed."""
     count, scale = samples.shape[1], np.abs(expected).max()
     error = samples.std(axis=1, ddof=1) / np.sqrt(count)
     distance = np.abs(samples.mean(axis=1) - expected)
     # An entry without noise is exact, up to rounding of the differences.
-    assert np.all(distance <= sigmas * error + 1e-7 * scale), np.max(
-        distance / (error + 1e-7 * scale)
+    assert np.all(distance <= sigmas * error + rounding * scale), np.max(
+        distance / (error + rounding * scale)
     )
 
 
