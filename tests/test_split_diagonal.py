@@ -26,11 +26,11 @@ def parts_of(cancelled, seed=0):
     g = a @ a.T
     r = 0.5 * (other + other.T) - cancelled * g
 
-    def of_g(key, start, width):
+    def of_g(key, start, width, axes):
         squares = (a @ np.sign(rng.standard_normal((30, 20 * width)))) ** 2
         return ops.cast(squares.reshape(len(a), 20, width).mean(axis=1), "float32")
 
-    def of_r(key, start, width):
+    def of_r(key, start, width, axes):
         v = np.sign(rng.standard_normal((sum(SIZES), width)))
         return ops.cast(v * (r @ v), "float32")
 
