@@ -229,6 +229,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         self.nu = nu
         self.radius = radius
         self.relative_radius = relative_radius
+        self._sides: list[layer_axes.Sides | None] = []
         self._memories: list[tuple[float, float]] = []
         self._has_curvature = False
         self._warned = False
@@ -258,7 +259,6 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     def _add_axes(self, variables: list[Any]) -> None:
         """Moments of the gradients, and axes, for each side that is turned."""
-        self._sides: list[layer_axes.Sides | None] = []
         self._side_moments: list[list[Any]] = []
         self._side_vectors: list[list[Any]] = []
         for variable, slot in zip(variables, self._curvatures, strict=True):

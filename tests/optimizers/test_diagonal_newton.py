@@ -274,6 +274,13 @@ def test_one_warning_without_curvature():
         optimizer.apply([keras.ops.array([3.0, -4.0])])
 
 
+def test_no_gradients_at_all():
+    """As where a `MultiOptimizer` has no variables for it: a step of nothing."""
+    optimizer = DiagonalNewton()
+    quietly(optimizer.apply, [])
+    assert not optimizer.built
+
+
 def test_statistics():
     """One entry of four clipped, two of negative curvature."""
     optimizer, _ = built(
