@@ -85,6 +85,7 @@ def chosen(
     num_matvecs: int | None = None,
     seed: int = 0,
     usual: bool = True,
+    in_axes: bool = False,
 ) -> tuple[str, Plan | None]:
     """What `method="auto"` stands for.
 
@@ -93,12 +94,16 @@ def chosen(
         num_matvecs: the budget.
         seed: seed of the certificates of the plan.
         usual: whether nothing was asked for that only layerwise samples know.
+        in_axes: whether the diagonal is taken in axes of the variables, where no plan
+            is known and an exact one takes a product for each entry.
 
     Returns:
         A method; and the plan of the exact diagonal, where that is known.
     """
     budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
     cost = operator.shape[0]
+    if in_axes:
+        return "exact" if cost <= budget else sampled_method(operator, usual), None
     if _opens(operator) and cost > budget:
         # Certificates take long to compile: not for a plan that is dear with all.
         structure = operator.evaluation.once(survey)[0]
@@ -194,10 +199,11 @@ def diagonal_moments(
     plan, turned = None, None
     if axes is not None:
         axes = list(axes)
-        method = _method_in_axes(operator, method, num_matvecs)
         turned = TurnedOperator(operator, operator.evaluation.loss.layout, axes)
     if method == "auto":
-        method, plan = chosen(operator, num_matvecs, seed, usual)
+        method, plan = chosen(
+            operator, num_matvecs, seed, usual, in_axes=turned is not None
+        )
     if method == "layerwise" and not has_layers(operator):
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
@@ -297,18 +303,6 @@ def _told(
     return dataclasses.replace(
         moments, diagonal=dataclasses.replace(diagonal, ways=told)
     )
-
-
-def _method_in_axes(
-    operator: HessianOperator, method: str, num_matvecs: int | None
-) -> str:
-    """What a method stands for in axes of the variables: no plan is known there."""
-    if method != "auto":
-        return method
-    budget = AFFORDABLE_MATVECS if num_matvecs is None else num_matvecs
-    if operator.shape[0] <= budget:
-        return "exact"
-    return sampled_method(operator)
 
 
 def has_layers(operator: HessianOperator) -> bool:

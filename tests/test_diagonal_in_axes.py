@@ -12,6 +12,10 @@ import keras_curvature as kc
 from keras_curvature.layerwise.rules import paths
 from keras_curvature.optimizers.layer_axes import sides_of
 
+#: Keras' layers compute partly in float32 on the other backends.
+FLOAT64 = keras.backend.backend() == "tensorflow"
+ROUNDING = 1e-7 if FLOAT64 else 1e-6
+
 
 def _conv():
     stack = [layers.Conv2D(3, 2, activation="tanh"), layers.Flatten(), layers.Dense(2)]
@@ -22,11 +26,6 @@ def _attention():
     inputs = keras.Input((3, 4))
     x = layers.MultiHeadAttention(2, 2)(inputs, inputs)
     return keras.Model(inputs, layers.Dense(2)(x)), "mse", (3, 4), None
-
-
-#: Keras' layers compute partly in float32 on the other backends.
-FLOAT64 = keras.backend.backend() == "tensorflow"
-ROUNDING = 1e-7 if FLOAT64 else 1e-6
 
 
 class _Quartic(keras.regularizers.Regularizer):
@@ -214,6 +213,9 @@ def test_the_best_method_in_axes():
     axes, _ = _random_axes(operator, False)
     estimate = kc.hessian_diagonal(operator, axes=axes, num_matvecs=8)
     assert all("Gauss-Newton part" in way for way in estimate.ways.values())
+    # Groups are known to samples at the layers' outputs alone.
+    grouped = kc.hessian_diagonal(operator, axes=axes, num_matvecs=8, groups="layer")
+    assert set(grouped.ways.values()) == {"sampled along layer outputs"}
     few = kc.hessian_diagonal(operator, axes=axes, num_matvecs=operator.shape[0])
     assert few.standard_error is not None
     assert set(few.ways.values()) == {"exact, by parameters"}
