@@ -80,7 +80,7 @@ class GaussNewtonDiagonal:
                 f"max_matvecs={max_matvecs:,}. Pass `num_matvecs` for an estimate "
                 "from so many samples, or raise `max_matvecs`."
             )
-        return self._exact(*([] if axes is None else [axes])), passes
+        return self._exact(axes), passes
 
     @property
     def samples(self) -> Samples:
@@ -133,7 +133,7 @@ class GaussNewtonDiagonal:
         return ops.cast(ops.maximum(*leaks), "float32")
 
     def _by_outputs(
-        self, state: State, batch: Batch, axes: list[Axes] | None = None
+        self, state: State, batch: Batch, axes: list[Axes] | None
     ) -> tuple[Tensor, Tensor]:
         recording = LayerRecording(self._structure, state, batch, True, axes=axes)
         key = backend.array([0, 0], "int32")

@@ -91,12 +91,12 @@ class SplitDiagonal:
         Args:
             axes: of each variable, that the diagonal is taken in.
         """
-        return self._exact(*([] if axes is None else [axes]))
+        return self._exact(axes)
 
     # While tracing
 
     def _all_of_gauss_newton(
-        self, state: State, batch: Batch, axes: list[Axes] | None = None
+        self, state: State, batch: Batch, axes: list[Axes] | None
     ) -> tuple[Tensor, Tensor]:
         recording = LayerRecording(
             self._structure, state, batch, outputs=True, axes=axes
