@@ -9,12 +9,17 @@ computes a gradient and a product, beyond what it takes before.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 
+import keras
+import large_models
 import measure
+import numpy as np
+import sequences
+
+import keras_curvature as kc
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -23,24 +28,17 @@ SAMPLES = 64
 
 
 def _trained():
-    import sequences
-
     model, x, y = sequences.built("GPT-2")
     model.fit(x, y, epochs=3, batch_size=32, verbose=0)
     return model, x[:32], y[:32]
 
 
-def _images(name):
-    import large_models
-
-    network = getattr(large_models, name)
-    return large_models.images(network, samples=SAMPLES)()
-
-
 NETWORKS = {
     "GPT-2, 2 blocks, trained": _trained,
-    "ViT, 6 blocks": lambda: _images("vision_transformer"),
-    "MobileNetV2": lambda: _images("mobilenet"),
+    "ViT, 6 blocks": large_models.images(
+        large_models.vision_transformer, samples=SAMPLES
+    ),
+    "MobileNetV2": large_models.images(large_models.mobilenet, samples=SAMPLES),
 }
 
 
@@ -63,8 +61,6 @@ def run(networks=tuple(NETWORKS), backends=BACKENDS):
 
 
 def _in_process(network, backend, kind, folder):
-    import numpy as np
-
     path = os.path.join(folder, f"{kind}.npz")
     done = subprocess.run(
         [sys.executable, __file__, "--work", network, kind, path],
@@ -79,19 +75,13 @@ def _in_process(network, backend, kind, folder):
 
 
 def _distance(value, truth):
-    import numpy as np
-
     return float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
 
 
 def _in_bfloat16(model):
     """The same model with weights and layers in bfloat16."""
-    import keras
-
     keras.config.set_dtype_policy("bfloat16")
-    again = keras.models.clone_model(
-        model, clone_function=lambda layer: _layer_in_bfloat16(layer)
-    )
+    again = keras.models.clone_model(model, clone_function=_layer_in_bfloat16)
     again.set_weights(model.get_weights())
     again.compile(
         keras.optimizers.SGD(1e-3),
@@ -110,22 +100,17 @@ def _layer_in_bfloat16(layer):
 
 def work(network, kind, path):
     """Computes the figures of a network in this process, and saves them."""
-    import keras
-    import numpy as np
-
-    import keras_curvature as kc
-
     keras.utils.set_random_seed(0)
     model, x, y = NETWORKS[network]()
     model = _in_bfloat16(model)
-    before = _peak()
+    before = measure.peak_bytes()
     op = kc.HessianOperator(model, x, y, half_precision=kind == "bfloat16")
     direction = np.random.default_rng(0).standard_normal(op.shape[0]).astype("float32")
     figures = {
         "gradient": measure.on_host(op.value_and_gradient()[1]),
         "product": measure.on_host(op @ direction),
     }
-    memory = _peak() - before
+    memory = (measure.peak_bytes() - before) / 2**20
     for method in ("hutchinson", "shrunk"):
         if method == "shrunk" and network == "MobileNetV2":
             # Its default is random signs.
@@ -140,11 +125,6 @@ def work(network, kind, path):
     figures["trace"] = np.array(trace.value)
     np.savez(path, **figures)
     return {"MiB": memory}
-
-
-def _peak():
-    # On Linux in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

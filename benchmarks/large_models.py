@@ -16,7 +16,6 @@ Rows are kept until they are measured anew, and have the date of that.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -169,7 +168,7 @@ def work(network, probes=True):
     )
     row["gradient s"] = seconds["gradient"]
     row["product / gradient"] = seconds["product"] / seconds["gradient"]
-    row["peak GiB"] = _peak()
+    row["peak GiB"] = measure.peak_bytes() / 2**30
     row |= _updates(op)
     return row | _probes(model, fit, seconds["product"]) if probes else row
 
@@ -215,7 +214,7 @@ def _updates(op, num_matvecs=12, rounds=3):
         "gradient CPU s": median(gradients),
         "update / gradient": median(updates) / median(gradients),
         "all but products / products": median(shares),
-        "peak GiB with updates": _peak(),
+        "peak GiB with updates": measure.peak_bytes() / 2**30,
     }
 
 
@@ -233,7 +232,7 @@ def _probes(model, fit, product):
     return {
         "first probe s": probes[0],
         "probe / its products": steady / (products * product),
-        "peak GiB with probes": _peak(),
+        "peak GiB with probes": measure.peak_bytes() / 2**30,
     }
 
 
@@ -241,11 +240,6 @@ def _seconds(function):
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def _peak():
-    # On Linux in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import time
 
 import keras
@@ -58,6 +59,12 @@ def all_seconds(functions, rounds, warm_up):
 def on_host(tensor):
     """A tensor as a NumPy array: what waits until it is computed."""
     return ops.convert_to_numpy(tensor)
+
+
+def peak_bytes():
+    """The largest memory that this process has taken."""
+    # On Linux in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment():

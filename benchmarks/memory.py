@@ -5,9 +5,10 @@ every sample. Each figure comes from a process of its own; what a process withou
 derivative takes is subtracted.
 """
 
-import resource
 import subprocess
 import sys
+
+import measure
 
 TASKS = (
     "nothing",
@@ -84,16 +85,13 @@ def _work(task):
         diagonal_moments(op, "layerwise", samples=4, control_variate=True)
     elif task == "gauss_newton":
         kc.hessian_diagonal(op, method="gauss_newton", verbose=False)
-    # On Linux in KiB.
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(measure.peak_bytes())
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         _work(sys.argv[1])
     else:
-        import measure
-
         results = run()
         measure.save("memory", results)
         measure.print_table("Peak memory", results)

@@ -22,15 +22,13 @@ import measure
 import numpy as np
 import report
 from methods import METHODS, OF_SWEEP
-from tasks import SWEPT, TASKS
+from tasks import EVERY, SWEPT, TASKS
 from train import Trainer
 from tuning import TRIALS, tune
 
 #: The first seed that tunes, and the number of those that are reported.
 TUNING_SEED = 1000
 SEEDS = 5
-
-EVERY = TASKS | SWEPT
 
 
 def compare(task, method, seeds=SEEDS, trials=TRIALS):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 from methods import METHODS, OF_SWEEP
-from tasks import SWEPT, TASKS
+from tasks import EVERY, SWEPT, TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "optimizers"
@@ -103,7 +103,7 @@ def summary(task, results):
     """One dictionary of figures for each method."""
     base = results[BASELINE]
     target = finals(base).mean()
-    budget = TASKS[task].steps
+    budget = EVERY[task].steps
     rows = {}
     for name in METHODS:
         if name not in results:
@@ -128,13 +128,13 @@ def summary(task, results):
     return rows
 
 
-def _table(figures, cell, title, methods):
+def _table(figures, cell, tasks, methods):
     names = [n for n in methods if any(n in rows for rows in figures.values())]
-    lines = [f"| {title} | " + " | ".join(names) + " |"]
+    lines = ["| task | " + " | ".join(names) + " |"]
     lines.append("|---|" + "---|" * len(names))
     for task, rows in figures.items():
         cells = [cell(rows[n], rows) if n in rows else "" for n in names]
-        lines.append(f"| {TASKS[task].title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {tasks[task].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def tables(figures):
         + _table(
             figures,
             _plain(key, form) if form else _loss(key),
-            "task",
+            TASKS,
             fed if key in ("delivery", "share") else METHODS,
         )
         for title, key, form in parts
@@ -218,26 +218,13 @@ def variants():
 
 
 def sweep():
-    """Final held-out losses by size of the batches, the tasks' own among them."""
-    lines = ["| task | batch | " + " | ".join(OF_SWEEP) + " |"]
-    lines.append("|---|---|" + "---|" * len(OF_SWEEP))
-    for name in dict.fromkeys(key.rpartition("_")[0] for key in SWEPT):
-        sizes = {name: TASKS[name]}
-        sizes |= {k: t for k, t in SWEPT.items() if k.rpartition("_")[0] == name}
-        for key, task in sorted(sizes.items(), key=lambda item: item[1].batch):
-            results = load(key)
-            found = {m: finals(results[m]) for m in OF_SWEEP if m in results}
-            rows = {
-                m: {"held_out": x.mean(), "spread": x.std(ddof=1)}
-                for m, x in found.items()
-            }
-            cells = [
-                _loss("held_out")(rows[m], rows) if m in rows else "" for m in OF_SWEEP
-            ]
-            lines.append(
-                f"| {TASKS[name].title} | {task.batch} | " + " | ".join(cells) + " |"
-            )
-    return "\n".join(lines)
+    """Final held-out losses by size of the batches."""
+    figures = {}
+    for task in SWEPT:
+        found = load(task)
+        known = {method: found[method] for method in OF_SWEEP if method in found}
+        figures[task] = summary(task, known)
+    return _table(figures, _loss("held_out"), SWEPT, OF_SWEEP)
 
 
 def _fill(mark, text):

@@ -459,11 +459,17 @@ TASKS = {
     ),
 }
 
-#: Two of the tasks with batches of other sizes, up to that of all their data.
+#: Two of the tasks with batches of several sizes, up to that of all their
+#: data; what the task has itself keeps its name.
 SWEPT = {
-    f"{name}_{batch}": dataclasses.replace(
+    name if batch == TASKS[name].batch else f"{name}_{batch}": dataclasses.replace(
         TASKS[name], title=f"{TASKS[name].title}, batches of {batch}", batch=batch
     )
-    for name, batches in (("autoencoder", (32, 512, 1400)), ("value", (32, 1024, 6000)))
+    for name, batches in (
+        ("autoencoder", (32, 128, 512, 1400)),
+        ("value", (32, 128, 1024, 6000)),
+    )
     for batch in batches
 }
+
+EVERY = SWEPT | TASKS
