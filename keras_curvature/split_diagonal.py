@@ -30,8 +30,15 @@ WHOLE = "whole"
 #: Keeps the draws of the two parts, and those that kinds are chosen by, apart.
 _GAUSS_NEWTON, _REST, _CHOICE = 5, 6, 7
 
-#: Samples that kinds are chosen by, at least, and the budget that is planned for.
-_TRIED, _PLANNED = 2, 8
+#: Samples that an error takes.
+_LEAST = 2
+
+#: Samples that kinds are chosen by, at most, and entries that they show in all, about:
+#: the noise of few entries is seen by many samples.
+_MOST_TRIED, _TELLING = 8, 2**15
+
+#: The budget that kinds are chosen for.
+_PLANNED = 8
 
 #: Kinds are chosen anew when the noise of a sample, over the first part, is this many
 #: times what it was, or less by as much: a network that was wrong may have learned.
@@ -99,6 +106,7 @@ class SplitMoments:
         if self.parts.num_outputs <= 2 * passes:
             passes = int(self.parts.num_outputs)
             exact = self.parts.exact_gauss_newton(axes)
+            plan = functools.partial(plan, exact=math.ceil(passes / 2))
         g = self._samples("", operator, seed, axes=axes)
         rest = [self._samples(kind, operator, seed, axes=axes) for kind in kinds]
         while True:
@@ -124,8 +132,8 @@ class SplitMoments:
     def kinds(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
         """The kinds of samples of the second part, or of the whole, the quietest first.
 
-        Found out by two samples of each, and kept until the noise is another: so it is
-        the same from probe to probe.
+        Found out by a few samples of each, and kept until the noise is another: so it
+        is the same from probe to probe.
 
         Args:
             operator: that of the evaluation.
@@ -159,7 +167,8 @@ class SplitMoments:
         for kinds in choices:
             plan = _Plan.of(_PLANNED, kinds, shrink)
             of_mean = _harmonic([noise[kind] for kind in kinds]) / plan.products
-            of_quiet = of_g / plan.passes
+            exact = self.parts.num_outputs <= 2 * plan.passes
+            of_quiet = (not exact) * of_g / plan.passes
             if WHOLE in kinds:
                 risks.append(_risk(of_mean, size + of_quiet))
             else:
@@ -190,8 +199,10 @@ class SplitMoments:
         self, kind: str, operator: HessianOperator, quiet: Tensor | None = None
     ) -> estimators.Part:
         """A few samples to choose by."""
-        # Of products, as many as are compiled together.
-        count = estimators.GROUP if kind == WHOLE else _TRIED
+        count = min(max(_LEAST, math.ceil(_TELLING / sum(self._sizes))), _MOST_TRIED)
+        if kind == WHOLE:
+            # As many products as are compiled together.
+            count = estimators.GROUP
         samples = self._samples(kind, operator, 0, _CHOICE)
         return samples.drawn(count, _Going(None, 0).with_price(0.0), quiet)
 
@@ -295,13 +306,26 @@ class _Plan:
         return sum(self.by_kind)
 
     @classmethod
-    def of(cls, budget: int, kinds: tuple[str, ...], shrink: bool) -> "_Plan":
+    def of(
+        cls,
+        budget: int,
+        kinds: tuple[str, ...],
+        shrink: bool,
+        exact: int | None = None,
+    ) -> "_Plan":
         """The plan for kinds of samples of the second part, or of the whole.
 
-        Half of the budget is for each of the parts; samples of the whole need the first
-        part only to be shrunk towards it, and leave it an eighth.
+        Half of the budget is for each of the parts, and what an exact first part leaves
+        of its half for the second; samples of the whole need the first part only to be
+        shrunk towards it, and leave it an eighth.
+
+        Args:
+            budget: number of products, or what costs as much.
+            kinds: the kinds of samples.
+            shrink: whether the second part is shrunk.
+            exact: products that the exact first part is worth, if it is not sampled.
         """
-        if budget < 2 * _TRIED:
+        if budget < 2 * _LEAST:
             count = int(not shrink)
             passes = 2 * budget if shrink else budget
         elif WHOLE in kinds:
@@ -309,8 +333,9 @@ class _Plan:
             passes = 2 * (budget - count)
         else:
             count, passes = budget // 2, budget
-        if count < 2 * len(kinds):
-            # An error takes two of a kind.
+            if exact is not None:
+                count = max(count, budget - exact)
+        if count < _LEAST * len(kinds):
             return cls(passes, (count,) + (0,) * (len(kinds) - 1))
         by_kind = ((count + k) // len(kinds) for k in range(len(kinds)))
         return cls(passes, tuple(by_kind))

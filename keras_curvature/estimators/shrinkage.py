@@ -18,6 +18,8 @@ believed as far as its samples agree, block by block (a block is a variable):
    weight of James and Stein (1961, "Estimation with quadratic loss") for what is left;
    with samples of all of H the noise of g counts to both squares.
 
+   A block whose noise is small beside the whole diagonal is believed in any case.
+
 The error that is given counts both what is random and what shrinking leaves out: the
 mean square of `(1 − w) (r − ρ g)` is what the samples show of it, in the block itself
 as far as it can be seen there, and relative to g in all blocks together.
@@ -47,8 +49,14 @@ _Array = NDArray[np.float64]
 _COMMON = 4
 
 #: Size of `r − ρ g` squared over `‖g‖²` where samples tell nothing of it: what is
-#: thought likely, and what the error counts. It was at most 0.5 in networks looked at.
+#: thought likely, and what the error counts; more where all blocks together show more.
 _LIKELY, _POSSIBLE = 0.05, 0.3
+
+#: The same over the mean of `g²` in all blocks: to believe that much of a block adds at
+#: most a quarter of it to the squared error of the whole diagonal.
+_OF_THE_WHOLE = 0.01
+
+_TINY = np.finfo(np.float64).tiny
 
 #: Likely size of what is relative to g: slopes, and the squares above.
 _SCALE = 0.3
@@ -400,14 +408,17 @@ class _Sums:
         drawn, doubt_of_drawn = random_effects(own, variance)
         # What the other blocks are like is no proof where a block itself tells nothing.
         allowed = np.where(seen, np.maximum(own + np.sqrt(variance), 0), 0)
-        left = np.maximum(drawn, np.minimum(allowed, _LIKELY))
-        # Nor that there is little, where a block itself tells of much. Its error counts
-        # against that, the less the smaller it is beside g.
+        all_squares = max(squares[seen].sum(), _TINY)
+        together = (distance - noise)[seen].sum() / all_squares
+        likely = _surely(together, np.sqrt(doubt[seen].sum()) / all_squares)
+        left = np.maximum(drawn, np.minimum(allowed, np.maximum(likely, _LIKELY)))
+        # Nor that there is little, where a block itself tells of much.
         error = np.sqrt(np.where(np.isfinite(variance), variance, 0))
-        sure = own - error * error / (error + 2)
-        left = np.maximum(left, np.where(telling, sure, 0))
-        most = np.maximum(drawn + doubt_of_drawn, np.minimum(allowed, _POSSIBLE))
-        most = np.maximum(most, left)
+        left = np.maximum(left, np.where(telling, _surely(own, error), 0))
+        of_whole = _OF_THE_WHOLE * squares.sum() * self.sizes / self.sizes.sum()
+        left = np.maximum(left, np.where(seen, of_whole / scale, 0))
+        possible = np.minimum(allowed, max(_POSSIBLE, together))
+        most = np.maximum(np.maximum(drawn + doubt_of_drawn, possible), left)
         # Of a mean of the whole, ĝ is the other estimate, with its own noise.
         believed = left * squares + quiet
         total = believed + noise
@@ -415,6 +426,14 @@ class _Sums:
         # Blocks without noise, or without g to compare with, are as the samples say.
         kept = np.where(seen, kept, 1.0)
         return _Adjusted(slope, slope_error, kept, (1 - kept) ** 2 * most)
+
+
+def _surely(size: _Array, error: _Array) -> _Array:
+    """At least how much a size over `‖g‖²` is, about.
+
+    Its error counts against it, the less the smaller it is beside g.
+    """
+    return size - error * error / (error + 2)
 
 
 def _slopes(

@@ -100,6 +100,52 @@ def test_a_rest_that_is_seen_is_kept_in_a_block_unlike_all_others(noise):
     assert shrunk < 1.05 * both
 
 
+class TestASmallBlockWithNextToNoFirstPart:
+    """What its few samples say is uncertain, but does not matter for the whole."""
+
+    SMALL = slice(930, 931)
+
+    def found(self, seed, shrink=True):
+        truth = Truth(seed, 1.0, slope=0.0)
+        truth.g[self.SMALL] *= 1e-3
+        truth.r[self.SMALL] = 0.2
+        truth.spread = truth.g.copy()
+        truth.spread[self.SMALL] = 0.2
+        g, rest = truth.parts()
+        return truth, summed(g, rest, 8, SIZES, shrink)
+
+    def test_is_believed(self):
+        squares = []
+        for seed in range(100):
+            for shrink in (True, False):
+                truth, moments = self.found(seed, shrink)
+                distance = (value(moments.diagonal) - truth.g - truth.r)[self.SMALL]
+                squares.append(np.sum(distance**2))
+        shrunk, plain = np.mean(np.reshape(squares, (-1, 2)), axis=0)
+        assert shrunk < 1.05 * plain
+
+    def test_its_errors_cover_the_truth(self):
+        covered = []
+        for seed in range(100):
+            truth, moments = self.found(seed)
+            distance = np.abs(value(moments.diagonal) - truth.g - truth.r)
+            covered.append((distance <= 2 * error(moments.diagonal))[self.SMALL])
+        assert np.mean(covered) > 0.9
+
+
+@pytest.mark.parametrize("products", [4, 8])
+def test_a_rest_larger_than_the_first_part_is_reckoned_with(products):
+    """All blocks together show it, each of them hardly."""
+    covered = []
+    for seed in range(8):
+        truth = Truth(seed, 12.0, slope=0.0, rest=3.0)
+        g, rest = truth.parts(kinds=((products, 1.0),))
+        diagonal = summed(g, rest, 8, SIZES).diagonal
+        distance = np.abs(value(diagonal) - truth.g - truth.r)
+        covered.append(distance <= 2 * error(diagonal))
+    assert np.mean(covered) > 0.9
+
+
 class TestSamplesOfTheWhole:
     """The parts cancel: what is left has less noise than the rest has."""
 

@@ -102,8 +102,8 @@ def test_methods():
     truth = np.diag(probed_cases.probed("mlp_gelu").dense)
     for method in ("shrunk", "split"):
         estimate = kc.hessian_diagonal(op, method=method, num_matvecs=16)
-        # The part of three outputs is exact.
-        assert estimate.num_matvecs == 2 + 8
+        # The part of three outputs is exact for two, and the rest has all others.
+        assert estimate.num_matvecs == 2 + 14
         again = kc.hessian_diagonal(op, method=method, num_matvecs=16)
         np.testing.assert_array_equal(
             op.flatten(estimate.value), op.flatten(again.value)
