@@ -16,11 +16,10 @@ import time
 import keras
 import measure
 import numpy as np
+from diagonals import estimate
 from keras import layers
-from xdiag import xdiag
 
 import keras_curvature as kc
-from keras_curvature.diagonal import diagonal_moments
 
 URL = "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"
 POSITIONS, WIDTH, WINDOWS = 48, 64, 2048
@@ -65,14 +64,7 @@ def built(kind):
     """A compiled model, and windows of text with their next (or missing) characters."""
     import keras_hub
 
-    text = np.frombuffer(
-        open(keras.utils.get_file("shakespeare.txt", URL), "rb").read(), "uint8"
-    )
-    characters, ids = np.unique(text, return_inverse=True)
-    count, rng = len(characters), np.random.default_rng(0)
-    starts = rng.integers(0, len(ids) - POSITIONS - 1, WINDOWS)
-    x = ids[starts[:, None] + np.arange(POSITIONS)].astype("int32")
-    y = ids[starts[:, None] + np.arange(POSITIONS) + 1].astype("int32")
+    x, y, count = windows(POSITIONS)
     common = {"num_layers": 2, "hidden_dim": WIDTH}
     tokens = keras.Input((POSITIONS,), dtype="int32")
     inputs = {"token_ids": tokens, "padding_mask": keras.ops.ones_like(tokens)}
@@ -104,7 +96,8 @@ def built(kind):
         )
         inputs["segment_ids"] = keras.ops.zeros_like(tokens)
         # A quarter of the characters is hidden.
-        y, x = x, np.where(rng.random(x.shape) < 0.25, count, x).astype("int32")
+        hidden = np.random.default_rng(1).random(x.shape) < 0.25
+        y, x = x, np.where(hidden, count, x).astype("int32")
     hidden = backbone(inputs)
     if isinstance(hidden, dict):
         hidden = hidden["sequence_output"]
@@ -114,19 +107,31 @@ def built(kind):
     return model, x, y
 
 
+def windows(positions):
+    """Windows of text, the characters that follow, and how many there are."""
+    path = keras.utils.get_file("shakespeare.txt", URL)
+    text = np.frombuffer(open(path, "rb").read(), "uint8")
+    characters, ids = np.unique(text, return_inverse=True)
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, len(ids) - positions - 1, WINDOWS)
+    places = starts[:, None] + np.arange(positions)
+    x, y = (ids[p].astype("int32") for p in (places, places + 1))
+    return x, y, len(characters)
+
+
 def _of_model(kind, epochs, model, x, y):
     op = kc.HessianOperator(model, x, y)
-    truth, noise = _estimate(op, "split", TRUTH, seed=10**6)
+    truth, noise = estimate(op, "split", TRUTH, seed=10**6)
     noise = float(np.sum(noise**2))
     size = float(np.sqrt(np.sum(truth**2) - noise))
     gradient = _seconds(lambda: measure.on_host(op.value_and_gradient()[1]), 5)
     rows, plain = [], {}
     for (method, products), seeds in ESTIMATORS:
         squares, seconds, told = [], [], []
-        _estimate(op, method, products, 0)
+        estimate(op, method, products, 0)
         for seed in range(1, seeds + 1):
             start = time.process_time()
-            value, error = _estimate(op, method, products, seed)
+            value, error = estimate(op, method, products, seed)
             seconds.append(time.process_time() - start)
             squares.append(np.sum((value - truth) ** 2) - noise)
             told += [] if error is None else [np.sum(error**2)]
@@ -150,18 +155,6 @@ def _of_model(kind, epochs, model, x, y):
             }
         )
     return rows
-
-
-def _estimate(op, method, products, seed):
-    """The diagonal, and its error if it tells one."""
-    if method == "XDiag":
-        return xdiag(op, products, seed).astype("float64"), None
-    found = diagonal_moments(op, method, products, seed=seed, groups="joint").diagonal
-    error = found.standard_error
-    return (
-        measure.on_host(found.value).astype("float64"),
-        None if error is None else measure.on_host(error).astype("float64"),
-    )
 
 
 def _seconds(function, rounds):

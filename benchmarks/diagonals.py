@@ -1,0 +1,25 @@
+"""Estimates of a diagonal, for the benchmarks that compare them."""
+
+import measure
+from xdiag import xdiag
+
+from keras_curvature.diagonal import diagonal_moments
+
+
+def estimate(op, method, products, seed, **options):
+    """A diagonal and its errors in float64, `None` where they are not told.
+
+    Args:
+        op: a `HessianOperator`.
+        method: one of those of `hessian_diagonal`, or "XDiag".
+        products: the budget.
+        seed: seed of the random directions.
+        **options: for `hessian_diagonal`.
+    """
+    if method == "XDiag":
+        return xdiag(op, products, seed).astype("float64"), None
+    found = diagonal_moments(op, method, products, seed=seed, **options).diagonal
+    return tuple(
+        None if x is None else measure.on_host(x).astype("float64")
+        for x in (found.value, found.standard_error)
+    )
