@@ -7,8 +7,7 @@ arguments go to `HessianOperator`: `sample_weight`, `class_weight`, `loss_fn`,
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from keras_curvature import estimators
 from keras_curvature.axes import Axes
 from keras_curvature.axes import check as check_axes
 from keras_curvature.backend import Tensor, array, on
+from keras_curvature.deflated import deflated
 from keras_curvature.diagonal import (
     AFFORDABLE_MATVECS,
     MAX_MATVECS,
@@ -26,7 +26,7 @@ from keras_curvature.diagonal import (
     chosen,
     diagonal_moments,
 )
-from keras_curvature.estimators import DeflatedMoments, Estimate
+from keras_curvature.estimators import Estimate
 from keras_curvature.operators import HessianOperator
 from keras_curvature.progress import Progress
 
@@ -62,6 +62,7 @@ def hessian_diagonal(
     | `"split"` | the same without bias | `num_matvecs` |
     | `"layerwise"` | samples from signs at the layers' outputs | `num_matvecs` |
     | `"hutchinson"` | samples from signs on the parameters | `num_matvecs` |
+    | `"deflated"` | a dominant subspace exactly, the rest sampled | `num_matvecs` |
     | `"gauss_newton"` | the Gauss–Newton diagonal, exact or sampled | one per output |
 
     `"shrunk"` and `"split"` sample the Gauss–Newton part, which is quiet and most of
@@ -75,7 +76,10 @@ def hessian_diagonal(
     `"layerwise"` is Curvature Propagation (Martens, Sutskever, Swersky 2012) as one
     Hessian-vector product per sample; a single one is often better than a hundred of
     Hutchinson's (Bekas, Kokiopoulou, Saad 2007), which are the fallback for models
-    whose samples interact. The Gauss–Newton diagonal leaves the model's own curvature
+    whose samples interact. `"deflated"` knows that part of H exactly which its dominant
+    subspace tells, see `keras_curvature.estimators.deflation`: with sixteen products or
+    more it is the most precise by far where few eigenvalues dominate, as in small
+    networks. The Gauss–Newton diagonal leaves the model's own curvature
     out; it is not negative if the loss is convex in the outputs.
 
     Args:
@@ -84,12 +88,15 @@ def hessian_diagonal(
         y: targets.
         method: see the table. `"auto"` is exact where that takes no more products
             than `num_matvecs` allows, or 64 without it; else shrunk, or layerwise
-            where the parts cannot be told from each other.
+            where the parts cannot be told from each other. From sixteen products on
+            deflated is tried beside it once, and what told the smaller error is kept;
+            products of that trial are not counted.
         num_matvecs: number of samples of the random methods; for `"shrunk"` and
             `"split"` half of them go into the rest (seven eighths into both parts
             together where `"shrunk"` samples those), and twice as many backward passes
             as are left into the Gauss–Newton part. Defaults to 8, to 32 for
-            `"hutchinson"`, and to an exact result for `"gauss_newton"`.
+            `"hutchinson"` and `"deflated"`, and to an exact result for
+            `"gauss_newton"`.
         tolerance: relative standard error `‖errors‖ / ‖diagonal‖` at which to stop.
         seed: seed of the random signs.
         max_matvecs: an exact diagonal that takes more products is refused.
@@ -352,60 +359,12 @@ def _deflated(
     seed: int,
     progress: Progress,
 ) -> Estimate:
-    """A figure from a dominant subspace, refined until it is precise enough."""
-    budget = estimators.check_budget(num_matvecs, tolerance)
-    first = budget if tolerance is None else min(24, budget)
-    for figures, spent in subspace_looks(operator, first, budget, seed, progress):
-        estimate: Estimate = getattr(figures, name)
-        estimate = dataclasses.replace(estimate, num_matvecs=spent)
-        error = estimate.relative_standard_error
-        if tolerance is not None and error is not None and error <= tolerance:
-            break
-    return estimate
-
-
-def subspace_looks(
-    operator: HessianOperator,
-    first: int,
-    budget: int,
-    seed: int,
-    progress: Progress,
-) -> Iterator[tuple[DeflatedMoments, int]]:
-    """Looks at an operator, each from the subspace that the last one found.
-
-    Each takes twice the products of the last.
-
-    Args:
-        operator: a `HessianOperator`.
-        first: products of the first look.
-        budget: products of all of them.
-        seed: seed of the random signs.
-        progress: when it says stop there are no further looks.
-
-    Yields:
-        `DeflatedMoments`, and the products spent so far.
-    """
-    subspace, spent, width = estimators.DominantSubspace(), 0, first
-    while not spent or (width >= 2 and not progress.stopped):
-        told = functools.partial(_told, progress, spent, budget)
-        try:
-            figures = subspace.update(
-                operator, width, seed, operator.sizes, progress=told
-            )
-        except KeyboardInterrupt:
-            if not (spent and progress.stopped):
-                raise
-            return
-        spent += figures.num_matvecs
-        yield figures, spent
-        if figures.num_matvecs < width:
-            return  # Stopped, or exact.
-        width = min(2 * width, budget - spent)
-
-
-def _told(progress: Progress, before: int, budget: int, done: int, _: Any) -> bool:
-    """Tells of products after others."""
-    return progress(before + done, budget)
+    """A figure from a dominant subspace."""
+    figures, spent = deflated(
+        operator, name, num_matvecs, tolerance, seed, operator.sizes, progress
+    )
+    estimate: Estimate = getattr(figures, name)
+    return dataclasses.replace(estimate, num_matvecs=spent)
 
 
 def operator_for(

@@ -9,7 +9,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from keras_curvature import estimators
 from keras_curvature.axes import Axes
+from keras_curvature.deflated import deflated
 from keras_curvature.estimators import Moments
+from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import (
     ExactDiagonal,
     GaussNewtonDiagonal,
@@ -36,11 +38,12 @@ METHODS = (
     "split",
     "layerwise",
     "hutchinson",
+    "deflated",
     "gauss_newton",
 )
 
 #: Those whose price is a number of samples.
-SAMPLED = ("shrunk", "split", "layerwise", "hutchinson")
+SAMPLED = ("shrunk", "split", "layerwise", "hutchinson", "deflated")
 
 #: `method="auto"` computes a figure exactly if that takes at most this many products.
 AFFORDABLE_MATVECS = 64
@@ -53,6 +56,16 @@ MAX_MATVECS = 10_000
 #: less than this share of the variance.
 CONTROL_PASSES = 4
 CONTROL_NOISE = 0.5
+
+#: Products from which a dominant subspace may tell more of a diagonal than samples do,
+#: and how many the two are compared with at most.
+DEFLATED_FROM, DEFLATED_TRIAL = 16, 64
+
+#: Bound for the elements of the vectors that a subspace keeps for that (0.5 GiB).
+KEPT_ELEMENTS = 2**27
+
+#: The two are compared anew when the error is this many times what it was.
+_WORSE = 2
 
 #: Keeps the draws of samples at the layers' outputs apart from those of estimators.
 _PURPOSE = 4
@@ -204,6 +217,12 @@ def diagonal_moments(
         method, plan = chosen(
             operator, num_matvecs, seed, usual, in_axes=turned is not None
         )
+        budget = samples
+        if num_matvecs is not None or tolerance is not None:
+            budget = estimators.check_budget(num_matvecs, tolerance)
+        enough = budget >= DEFLATED_FROM
+        if enough and usual and method in SAMPLED and keeps(operator, budget):
+            return _of_choice(operator, method, budget, tolerance, seed, progress, axes)
     if method == "layerwise" and not has_layers(operator):
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
@@ -228,6 +247,17 @@ def diagonal_moments(
             progress=progress,
         )
         return _told(moments, operator, _SAMPLED)
+    if method == "deflated":
+        found, spent = deflated(
+            turned or operator,
+            "diagonal",
+            num_matvecs,
+            tolerance,
+            seed,
+            operator.sizes,
+            progress,
+        )
+        return _of_subspace(operator, dataclasses.replace(found, num_matvecs=spent))
     if method in ("shrunk", "split"):
         split, shrink = _split(operator), method == "shrunk"
         kinds = split.kinds(operator, shrink)
@@ -266,6 +296,93 @@ def diagonal_moments(
         operator.place,
     )
     return _told(moments, operator, told, ways)
+
+
+def keeps(operator: HessianOperator, num_matvecs: int) -> bool:
+    """Whether a diagonal may be had from as many products, all kept in memory."""
+    return num_matvecs * operator.shape[0] <= KEPT_ELEMENTS
+
+
+def with_subspace(
+    operator: HessianOperator, diagonal: Moments, subspace: Moments
+) -> Moments:
+    """Moments of samples, or those that a subspace tells besides other figures.
+
+    Args:
+        operator: a `HessianOperator`.
+        diagonal: moments of samples.
+        subspace: the same from a subspace.
+
+    Returns:
+        Those whose diagonal tells the smaller error.
+    """
+    found = estimators.quieter(diagonal, subspace)
+    return diagonal if found is diagonal else _of_subspace(operator, found)
+
+
+class _Choices:
+    """What told the smaller error, and how large that was, in entries or in axes."""
+
+    def __init__(self, _: Evaluation):
+        self.made: dict[tuple[str, bool], tuple[str, float]] = {}
+
+
+def _of_choice(
+    operator: HessianOperator,
+    method: str,
+    budget: int,
+    tolerance: float | None,
+    seed: int,
+    progress: Progress | None,
+    axes: list[Axes] | None,
+) -> Moments:
+    """By samples or by a subspace, whichever told the smaller error.
+
+    Args:
+        operator: a `HessianOperator`.
+        method: that of the samples.
+        budget: number of products.
+        tolerance: relative standard error at which to stop.
+        seed: seed of the random directions.
+        progress: told of the products.
+        axes: of each variable, as tensors.
+    """
+
+    def moments(method: str, budget: int, tolerance: float | None) -> Moments:
+        return diagonal_moments(
+            operator, method, budget, tolerance, seed, progress=progress, axes=axes
+        )
+
+    made, key = operator.evaluation.once(_Choices).made, (method, axes is not None)
+    if key not in made:
+        trial = min(budget, DEFLATED_TRIAL)
+        best, found = method, moments(method, trial, None)
+        if progress is None or not progress.stopped:
+            try:
+                other = moments("deflated", trial, None)
+            except KeyboardInterrupt:
+                return found
+            if estimators.quieter(found, other) is other:
+                best, found = "deflated", other
+        made[key] = best, _error(found)
+        if trial == budget:
+            return found
+    best, before = made[key]
+    found = moments(best, budget, tolerance)
+    if tolerance is None and _error(found) > _WORSE * before:
+        del made[key]
+    return found
+
+
+def _error(moments: Moments) -> float:
+    error = (
+        None if moments.diagonal is None else moments.diagonal.relative_standard_error
+    )
+    return math.inf if error is None else error
+
+
+def _of_subspace(operator: HessianOperator, found: Moments) -> Moments:
+    return _told(found, operator, f"dominant subspace exact, the rest {_SAMPLED}")
 
 
 #: In words, with the place of a variable's directions filled in.

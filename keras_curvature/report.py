@@ -6,8 +6,9 @@ import warnings
 import rich.console
 
 from keras_curvature import record as records
-from keras_curvature.analysis import operator_for, subspace_looks
-from keras_curvature.diagonal import diagonal_moments
+from keras_curvature.analysis import operator_for
+from keras_curvature.deflated import subspace_looks
+from keras_curvature.diagonal import diagonal_moments, keeps, with_subspace
 from keras_curvature.learning_rate import LearningRate, find_largest, suggestion
 from keras_curvature.progress import Progress
 from keras_curvature.table import table_of
@@ -93,9 +94,12 @@ def curvature_summary(
         progress.place(before=diagonal.num_matvecs)
         # The first look finds the subspace, the second one uses it.
         first = max(2, num_matvecs // 2)
+        both = method == "auto" and keeps(operator, num_matvecs)
         *_, (figures, spent) = subspace_looks(
-            operator, first, num_matvecs, seed, progress
+            operator, first, num_matvecs, seed, operator.sizes, progress, both
         )
+        if both:
+            diagonal = with_subspace(operator, diagonal, figures)
         total = {"name": "total", "size": operator.shape[0]}
         total["mode"] = operator.mode
         total.update(records.scalar_figures(diagonal, figures))

@@ -58,9 +58,12 @@ ROOMS = {
         "operators",
         "progress",
     },
+    "deflated": {"estimators", "operators", "progress"},
     "diagonal": {
         "axes",
+        "deflated",
         "estimators",
+        "evaluation",
         "layerwise",
         "loss",
         "operators",
@@ -76,7 +79,15 @@ ROOMS = {
         "operators",
         "progress",
     },
-    "analysis": {"axes", "backend", "diagonal", "estimators", "operators", "progress"},
+    "analysis": {
+        "axes",
+        "backend",
+        "deflated",
+        "diagonal",
+        "estimators",
+        "operators",
+        "progress",
+    },
     "preconditioning": {
         "axes",
         "backend",
@@ -107,6 +118,7 @@ ROOMS = {
     "table": {"text"},
     "report": {
         "analysis",
+        "deflated",
         "diagonal",
         "learning_rate",
         "progress",

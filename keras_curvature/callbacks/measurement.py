@@ -10,7 +10,9 @@ from keras_curvature.diagonal import (
     AFFORDABLE_MATVECS,
     SAMPLED,
     diagonal_moments,
+    keeps,
     sampled_method,
+    with_subspace,
 )
 from keras_curvature.estimators import DominantSubspace, spectral_density
 from keras_curvature.gradients import Gradients
@@ -83,16 +85,23 @@ class Measurement:
             step: the step of training, which decides the random directions of the
                 diagonal.
         """
-        spent, diagonal, subspace = 0, None, None
+        spent, diagonal, subspace, both = 0, None, None, False
         if self._diagonal is not None:
-            diagonal = self._estimate_diagonal(model, operator, step)
+            axes = wanted_axes(model, operator)
+            diagonal = self._estimate_diagonal(operator, step, axes)
             spent += diagonal.num_matvecs
-            hand_over(model, operator, diagonal.diagonal.value)
+            # A subspace tells of the entries, and only some method was asked for.
+            both = axes is None and self._diagonal == "auto"
         if self._num_matvecs:
+            both = both and keeps(operator, num_matvecs)
             subspace = self._subspace.update(
-                operator, num_matvecs, self._seed, operator.sizes
+                operator, num_matvecs, self._seed, operator.sizes, diagonal=both
             )
             spent += subspace.num_matvecs
+            if both:
+                diagonal = with_subspace(operator, diagonal, subspace)
+        if diagonal is not None:
+            hand_over(model, operator, diagonal.diagonal.value)
         figures = records.scalar_figures(diagonal, subspace)
         if self._sharpness is not None:
             seen, products = self._sharpness.look(model, operator)
@@ -140,9 +149,8 @@ class Measurement:
             price = price * bool(parts) + ["a gradient and five to six losses"]
         return "; and ".join(price)
 
-    def _estimate_diagonal(self, model, operator, step):
+    def _estimate_diagonal(self, operator, step, axes):
         sampled = self._method in SAMPLED
-        axes = wanted_axes(model, operator)
         moments = diagonal_moments(
             operator,
             self._method,

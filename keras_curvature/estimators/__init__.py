@@ -7,6 +7,7 @@ from keras_curvature.estimators.moments import (
     Moments,
     exact_moments,
     hutchinson_moments,
+    quieter,
 )
 from keras_curvature.estimators.products import (
     GROUP,
@@ -46,6 +47,7 @@ __all__ = [
     "exact_part",
     "hutchinson_moments",
     "moments_of_diagonal",
+    "quieter",
     "sampled_moments",
     "seed_key",
     "spectral_density",

@@ -11,6 +11,7 @@ estimated without bias.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,6 +71,17 @@ class Moments:
         if self.squared_frobenius_norm is None:
             raise ValueError("The source of these moments does not tell the norm.")
         return _norm_of_squared(self.squared_frobenius_norm)
+
+
+def quieter(first: Moments, second: Moments) -> Moments:
+    """The one of two whose diagonal tells the smaller error; the first if none does."""
+
+    def told(moments: Moments) -> float:
+        diagonal = moments.diagonal
+        error = None if diagonal is None else diagonal.relative_standard_error
+        return math.inf if error is None or math.isnan(error) else error
+
+    return second if told(second) < told(first) else first
 
 
 def hutchinson_moments(
