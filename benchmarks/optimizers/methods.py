@@ -25,6 +25,7 @@ class Method:
         values: its values; the first is the one that the search begins with.
         curvature: method of `hessian_diagonal` that feeds the optimizer, or `None`.
         refresh: steps between two deliveries of curvature, a multiple of a block.
+        products: samples or products of a delivery.
         rows: samples of a step's batch that curvature is measured on, at most.
         tuned: whether anything is tuned at all.
     """
@@ -35,6 +36,7 @@ class Method:
     values: tuple = (0.004, 0.2)
     curvature: str | None = None
     refresh: int = 20
+    products: int = 1
     rows: int | None = None
     tuned: bool = True
 

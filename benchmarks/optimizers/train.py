@@ -168,7 +168,7 @@ class Trainer:
         moments = diagonal_moments(
             self._operator,
             method,
-            1,
+            self.method.products,
             seed=seed % 2**31,
             axes=wanted_axes(self.model, self._operator),
         )
