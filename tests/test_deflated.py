@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature.callbacks import measurement
 from keras_curvature.diagonal import diagonal_moments, with_subspace
 from keras_curvature.estimators import DominantSubspace, to_host
 
@@ -17,9 +18,8 @@ def problem():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 6)).astype("float32")
     y = np.argmax(x[:, :3], axis=1)
-    model = keras.Sequential(
-        [layers.Input((6,)), layers.Dense(16, "tanh"), layers.Dense(3)]
-    )
+    hidden = [layers.Dense(12, "tanh") for _ in range(3)]
+    model = keras.Sequential([layers.Input((6,)), *hidden, layers.Dense(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.03), loss)
     model.fit(x, y, epochs=30, verbose=0)
@@ -117,3 +117,49 @@ def test_figures_of_a_subspace_are_used_where_they_are_better(operator, truth):
     assert squared_distance(better, truth) < squared_distance(samples, truth)
     exact = diagonal_moments(operator, "exact")
     assert with_subspace(operator, exact, found) is exact
+
+
+@pytest.mark.parametrize("asked", ["auto", "shrunk"])
+def test_a_probe_takes_it_where_any_method_will_do(problem, truth, asked, monkeypatch):
+    monkeypatch.setattr("keras_curvature.diagonal.AFFORDABLE_MATVECS", 1)
+    handed = []
+    monkeypatch.setattr(
+        measurement,
+        "hand_over",
+        lambda model, operator, diagonal: handed.append(to_host(diagonal)),
+    )
+    probe = measurement.Measurement(
+        seed=0,
+        num_matvecs=64,
+        diagonal=asked,
+        diagonal_samples=4,
+        preconditioned=False,
+        gradients=False,
+        density_freq=0,
+        histograms=False,
+        per_variable=False,
+    )
+    operator = kc.HessianOperator(*problem)
+    for step in range(3):
+        figures = probe.take(problem[0], operator, 64, step)
+    samples = diagonal_moments(operator, "shrunk", 4, seed=probe._seed_at(2))
+    distances = [
+        np.linalg.norm(x - truth) for x in (handed[-1], to_host(samples.diagonal.value))
+    ]
+    assert (distances[0] < distances[1] / 2) == (asked == "auto")
+    assert abs(figures["hessian_trace"] - truth.sum()) <= 6 * (
+        figures["hessian_trace_standard_error"] + 1e-6
+    )
+
+
+def test_a_summary_takes_it_where_any_method_will_do(problem, monkeypatch):
+    monkeypatch.setattr("keras_curvature.diagonal.AFFORDABLE_MATVECS", 1)
+    # Not because the two were tried beside each other before.
+    monkeypatch.setattr("keras_curvature.diagonal.DEFLATED_FROM", 1000)
+    errors = [
+        kc.curvature_summary(*problem, method=method, num_matvecs=120, print_fn=False)[
+            -1
+        ]["hessian_trace_standard_error"]
+        for method in ("auto", "shrunk")
+    ]
+    assert errors[0] < errors[1]
