@@ -100,7 +100,7 @@ def chosen(
     usual: bool = True,
     in_axes: bool = False,
 ) -> tuple[str, Plan | None]:
-    """What `method="auto"` stands for.
+    """What `method="auto"` stands for, unless a subspace tells more.
 
     Args:
         operator: a `HessianOperator`.
