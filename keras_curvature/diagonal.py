@@ -321,10 +321,10 @@ def with_subspace(
 
 
 class _Choices:
-    """What told the smaller error, and how large that was, in entries or in axes."""
+    """What told the smaller error for how many products, and how large that was."""
 
     def __init__(self, _: Evaluation):
-        self.made: dict[tuple[str, bool], tuple[str, float]] = {}
+        self.made: dict[tuple[str, int, bool], tuple[str, float]] = {}
 
 
 def _of_choice(
@@ -353,9 +353,10 @@ def _of_choice(
             operator, method, budget, tolerance, seed, progress=progress, axes=axes
         )
 
-    made, key = operator.evaluation.once(_Choices).made, (method, axes is not None)
+    trial = min(budget, DEFLATED_TRIAL)
+    made = operator.evaluation.once(_Choices).made
+    key = method, trial, axes is not None
     if key not in made:
-        trial = min(budget, DEFLATED_TRIAL)
         best, found = method, moments(method, trial, None)
         if progress is None or not progress.stopped:
             try:
