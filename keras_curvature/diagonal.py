@@ -362,24 +362,19 @@ def _of_choice(
             try:
                 other = moments("deflated", trial, None)
             except KeyboardInterrupt:
+                if progress is None:
+                    raise
                 return found
             if estimators.quieter(found, other) is other:
                 best, found = "deflated", other
-        made[key] = best, _error(found)
+        made[key] = best, estimators.error_of_diagonal(found)
         if trial == budget:
             return found
     best, before = made[key]
     found = moments(best, budget, tolerance)
-    if tolerance is None and _error(found) > _WORSE * before:
+    if tolerance is None and estimators.error_of_diagonal(found) > _WORSE * before:
         del made[key]
     return found
-
-
-def _error(moments: Moments) -> float:
-    error = (
-        None if moments.diagonal is None else moments.diagonal.relative_standard_error
-    )
-    return math.inf if error is None else error
 
 
 def _of_subspace(operator: HessianOperator, found: Moments) -> Moments:

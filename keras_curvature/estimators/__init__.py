@@ -5,6 +5,7 @@ from keras_curvature.estimators.eigenvalues import Eigenvalues, eigenvalues
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import (
     Moments,
+    error_of_diagonal,
     exact_moments,
     hutchinson_moments,
     quieter,
@@ -43,6 +44,7 @@ __all__ = [
     "block_sums",
     "check_budget",
     "eigenvalues",
+    "error_of_diagonal",
     "exact_moments",
     "exact_part",
     "hutchinson_moments",

@@ -73,15 +73,17 @@ class Moments:
         return _norm_of_squared(self.squared_frobenius_norm)
 
 
+def error_of_diagonal(moments: Moments) -> float:
+    """The relative error that a diagonal tells; infinite where it tells none."""
+    diagonal = moments.diagonal
+    error = None if diagonal is None else diagonal.relative_standard_error
+    return math.inf if error is None or math.isnan(error) else error
+
+
 def quieter(first: Moments, second: Moments) -> Moments:
     """The one of two whose diagonal tells the smaller error; the first if none does."""
-
-    def told(moments: Moments) -> float:
-        diagonal = moments.diagonal
-        error = None if diagonal is None else diagonal.relative_standard_error
-        return math.inf if error is None or math.isnan(error) else error
-
-    return second if told(second) < told(first) else first
+    less = error_of_diagonal(second) < error_of_diagonal(first)
+    return second if less else first
 
 
 def hutchinson_moments(
