@@ -275,7 +275,11 @@ def diagonal_moments(
                 diagonal, passes, operator.sizes, operator.place
             )
             return _told(moments, operator, "Gauss-Newton, exact")
-        draw, told = gauss_newton.samples, "Gauss-Newton, sampled"
+        told = "Gauss-Newton, sampled"
+        # In closed form, for any number of classes, where that is known.
+        draw = gauss_newton.samples
+        if is_split(operator):
+            draw = _split(operator).parts.gauss_newton
         ways: Mapping[str, str] | None = None
     else:
         num_matvecs = num_matvecs if sampled else samples
