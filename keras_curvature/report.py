@@ -91,19 +91,21 @@ def curvature_summary(
             progress=progress,
             samples=max(2, num_matvecs // 4),
         )
-        progress.place(before=diagonal.num_matvecs)
+        spent = diagonal.num_matvecs
+        progress.place(before=spent)
         # The first look finds the subspace, the second one uses it.
         first = max(2, num_matvecs // 2)
         both = method == "auto" and keeps(operator, num_matvecs)
-        *_, (figures, spent) = subspace_looks(
+        *_, (figures, products) = subspace_looks(
             operator, first, num_matvecs, seed, operator.sizes, progress, both
         )
+        spent += products
         if both:
             diagonal = with_subspace(operator, diagonal, figures)
         total = {"name": "total", "size": operator.shape[0]}
         total["mode"] = operator.mode
         total.update(records.scalar_figures(diagonal, figures))
-        progress.place(before=diagonal.num_matvecs + spent)
+        progress.place(before=spent)
         rate = _learning_rate(operator, total, num_matvecs, seed, progress)
     variables = records.variable_figures(operator, diagonal, figures)
     layers = records.layer_figures(variables)
@@ -117,7 +119,7 @@ def curvature_summary(
     errors = [layer["block_share_standard_error"] for layer in layers]
     total["off_diagonal_share_standard_error"] = None if None in errors else sum(errors)
     total["suggested_learning_rate"] = total["learning_rate_reason"] = None
-    total["num_matvecs"] = diagonal.num_matvecs + spent
+    total["num_matvecs"] = spent
     if rate is not None:
         total["suggested_learning_rate"] = rate.value
         total["learning_rate_reason"] = rate.reason
