@@ -209,6 +209,7 @@ def diagonal_moments(
     """
     check_choice(method, METHODS)
     usual = groups == "joint" and control_variate == "auto"
+    sampled = num_matvecs is not None or tolerance is not None
     plan, turned = None, None
     if axes is not None:
         axes = list(axes)
@@ -217,16 +218,13 @@ def diagonal_moments(
         method, plan = chosen(
             operator, num_matvecs, seed, usual, in_axes=turned is not None
         )
-        budget = samples
-        if num_matvecs is not None or tolerance is not None:
-            budget = estimators.check_budget(num_matvecs, tolerance)
+        budget = estimators.check_budget(num_matvecs, tolerance) if sampled else samples
         enough = budget >= DEFLATED_FROM
         if enough and usual and method in SAMPLED and keeps(operator, budget):
             return _of_choice(operator, method, budget, tolerance, seed, progress, axes)
     if method == "layerwise" and not has_layers(operator):
         warnings.warn(_NO_LAYERS, stacklevel=3)
         method = "hutchinson"
-    sampled = num_matvecs is not None or tolerance is not None
     if method == "exact" and turned is not None:
         check_affordable(operator.shape[0], max_matvecs, 'method="layerwise"')
         moments = estimators.exact_moments(turned, operator.sizes, progress)
@@ -276,10 +274,11 @@ def diagonal_moments(
             )
             return _told(moments, operator, "Gauss-Newton, exact")
         told = "Gauss-Newton, sampled"
-        # In closed form, for any number of classes, where that is known.
-        draw = gauss_newton.samples
         if is_split(operator):
+            # In closed form, for any number of classes.
             draw = _split(operator).parts.gauss_newton
+        else:
+            draw = gauss_newton.samples
         ways: Mapping[str, str] | None = None
     else:
         num_matvecs = num_matvecs if sampled else samples

@@ -103,7 +103,7 @@ class SplitMoments:
         kinds = self.kinds(operator, shrink)
         plan = functools.partial(_Plan.of, kinds=kinds, shrink=shrink)
         exact, passes = None, plan(budget).passes
-        if self.parts.num_outputs <= 2 * passes:
+        if self._is_exact(passes):
             passes = int(self.parts.num_outputs)
             exact = self.parts.exact_gauss_newton(axes)
             plan = functools.partial(plan, exact=math.ceil(passes / 2))
@@ -128,6 +128,10 @@ class SplitMoments:
                 self._look_whether_chosen_still(shrink, quiet, noisy)
                 return found
             spent = min(2 * spent, budget)
+
+    def _is_exact(self, passes: int) -> bool:
+        """Whether the first part is exact where it gets so many passes."""
+        return bool(self.parts.num_outputs <= 2 * passes)
 
     def kinds(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
         """The kinds of samples of the second part, or of the whole, the quietest first.
@@ -167,8 +171,7 @@ class SplitMoments:
         for kinds in choices:
             plan = _Plan.of(_PLANNED, kinds, shrink)
             of_mean = _harmonic([noise[kind] for kind in kinds]) / plan.products
-            exact = self.parts.num_outputs <= 2 * plan.passes
-            of_quiet = (not exact) * of_g / plan.passes
+            of_quiet = (not self._is_exact(plan.passes)) * of_g / plan.passes
             if WHOLE in kinds:
                 risks.append(_risk(of_mean, size + of_quiet))
             else:

@@ -85,14 +85,14 @@ class Measurement:
             step: the step of training, which decides the random directions of the
                 diagonal.
         """
-        spent, diagonal, subspace, both = 0, None, None, False
+        spent, diagonal, subspace, axes = 0, None, None, None
         if self._diagonal is not None:
             axes = wanted_axes(model, operator)
             diagonal = self._estimate_diagonal(operator, step, axes)
             spent += diagonal.num_matvecs
-            # A subspace tells of the entries, and only some method was asked for.
-            both = axes is None and self._diagonal == "auto"
         if self._num_matvecs:
+            # A subspace tells of the entries, where any method will do.
+            both = self._diagonal == "auto" and axes is None
             both = both and keeps(operator, num_matvecs)
             subspace = self._subspace.update(
                 operator, num_matvecs, self._seed, operator.sizes, diagonal=both
