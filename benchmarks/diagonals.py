@@ -1,6 +1,9 @@
 """Estimates of a diagonal, for the benchmarks that compare them."""
 
+import time
+
 import measure
+import numpy as np
 from xdiag import xdiag
 
 from keras_curvature.diagonal import diagonal_moments
@@ -23,3 +26,20 @@ def estimate(op, method, products, seed, **options):
         None if x is None else measure.on_host(x).astype("float64")
         for x in (found.value, found.standard_error)
     )
+
+
+def timed(op, method, products, seeds):
+    """Estimates with several seeds, and the median seconds of processor of one.
+
+    Args:
+        op: a `HessianOperator`.
+        method: as for `estimate`, like the next.
+        products: the budget.
+        seeds: the seeds.
+    """
+    found, seconds = [], []
+    for seed in seeds:
+        start = time.process_time()
+        found.append(estimate(op, method, products, seed))
+        seconds.append(time.process_time() - start)
+    return found, float(np.median(seconds))

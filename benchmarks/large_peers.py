@@ -29,18 +29,15 @@ REFERENCE = 63
 STEPS = 30
 
 
-def resnet():
+def resnet_50():
     """A trained ResNet-50, digits, and their labels."""
-    import keras
+    from large_models import resnet
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     x = images[:64].reshape(-1, 8, 8, 1).astype("float32") / 8 - 1
     x = np.repeat(np.kron(x, np.ones((1, 8, 8, 1), "float32")), 3, axis=-1)
-    model = keras.applications.ResNet50(
-        weights=None, input_shape=x.shape[1:], classes=10, classifier_activation=None
-    )
-    return trained(model, x, labels[:64].astype("int32"), batch=8)
+    return trained(resnet(x.shape[1:]), x, labels[:64].astype("int32"), batch=8)
 
 
 def gpt2(positions=64, words=8192, width=384):
@@ -77,7 +74,7 @@ def trained(model, x, y, batch):
     return model, x[:batch], y[:batch]
 
 
-NETWORKS = {"ResNet-50": resnet, "GPT-2": gpt2}
+NETWORKS = {"ResNet-50": resnet_50, "GPT-2": gpt2}
 FIGURES = ("trace", "largest eigenvalue", "density")
 
 

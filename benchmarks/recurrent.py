@@ -13,12 +13,10 @@ spread, is subtracted from the squared errors.
     KERAS_BACKEND=torch python benchmarks/recurrent.py
 """
 
-import time
-
 import keras
 import measure
 import numpy as np
-from diagonals import estimate
+from diagonals import estimate, timed
 from keras import layers, ops
 from sequences import windows
 
@@ -119,14 +117,9 @@ def of_network(name, looped, opened, x, y):
     for op, truth, (way, methods) in zip((in_loop, by_step), truths, ways, strict=True):
         for method in methods:
             for products in (4, 16):
-                squares, seconds = [], []
                 estimate(op, method, products, 0)
-                for seed in range(1, SEEDS + 1):
-                    start = time.process_time()
-                    value, _ = estimate(op, method, products, seed)
-                    seconds.append(time.process_time() - start)
-                    squares.append(np.sum((value - truth) ** 2) - noise)
-                seconds = float(np.median(seconds))
+                estimates, seconds = timed(op, method, products, range(1, SEEDS + 1))
+                squares = [np.sum((v - truth) ** 2) - noise for v, _ in estimates]
                 found = float(np.sqrt(max(np.mean(squares), 0)) / size)
                 if op is in_loop and method == "hutchinson":
                     signs[products] = found, seconds

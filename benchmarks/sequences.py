@@ -16,7 +16,7 @@ import time
 import keras
 import measure
 import numpy as np
-from diagonals import estimate
+from diagonals import estimate, timed
 from keras import layers
 
 import keras_curvature as kc
@@ -127,14 +127,10 @@ def _of_model(kind, epochs, model, x, y):
     gradient = _seconds(lambda: measure.on_host(op.value_and_gradient()[1]), 5)
     rows, plain = [], {}
     for (method, products), seeds in ESTIMATORS:
-        squares, seconds, told = [], [], []
         estimate(op, method, products, 0)
-        for seed in range(1, seeds + 1):
-            start = time.process_time()
-            value, error = estimate(op, method, products, seed)
-            seconds.append(time.process_time() - start)
-            squares.append(np.sum((value - truth) ** 2) - noise)
-            told += [] if error is None else [np.sum(error**2)]
+        estimates, seconds = timed(op, method, products, range(1, seeds + 1))
+        squares = [np.sum((value - truth) ** 2) - noise for value, _ in estimates]
+        told = [np.sum(error**2) for _, error in estimates if error is not None]
         found = float(np.sqrt(max(np.mean(squares), 0)) / size)
         if method == "hutchinson":
             plain[products] = found
@@ -144,7 +140,7 @@ def _of_model(kind, epochs, model, x, y):
                 "epochs": epochs,
                 "estimator": method,
                 "products": products,
-                "gradients": float(np.median(seconds)) / gradient,
+                "gradients": seconds / gradient,
                 "relative error": found,
                 "error that it tells": float(np.sqrt(np.mean(told)) / size)
                 if told
