@@ -95,12 +95,8 @@ def _scipy_small(matrix, k, tolerance, seed):
 
 def _hasty(matrix, k, tolerance, seed):
     """Ours, looking after every product, before its first restart."""
-    lanczos = Lanczos(
-        lambda v: np.float64(matrix @ v),
-        lambda: _start(matrix, seed),
-        100,
-        np.finfo(matrix.dtype).eps,
-    )
+    start = _start(matrix, seed).astype(matrix.dtype)
+    lanczos = Lanczos(lambda v: matrix @ v, lambda: start, 100)
     while lanczos.size < 100:
         lanczos.extend()
         pairs = lanczos.pairs(lambda v: np.argsort(-abs(v))[:k])

@@ -11,6 +11,7 @@ from keras import ops
 from keras_curvature import backend
 from keras_curvature.backend import Direction, Tensor
 from keras_curvature.data import ProbeData
+from keras_curvature.data_sets import Batch
 from keras_curvature.loss import Loss, State
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class Evaluation:
         self.adapts = False
         self._made: dict[Any, Any] = {}
         self._held: State | None = None
+        self._kept: tuple[Mean, ProbeData, Any] | None = None
         self._losses_seen: list[Tensor] = []
         self.mean_loss = self.mean_of(lambda state, batch: (loss(state, batch),) * 2)
 
@@ -65,7 +67,8 @@ class Evaluation:
         move meanwhile. What else a loss may read (a random state, something outside of
         the model) cannot be held, but each pass over the data gives the loss as well,
         and it must be the same in all of them. A context inside of another one shares
-        its state.
+        its state. On PyTorch the graph of the gradient is built once for all products
+        that follow each other, if there is one batch.
 
         Raises:
             ValueError: at its end, if the loss has moved.
@@ -79,7 +82,7 @@ class Evaluation:
             yield
             self._check_losses()
         finally:
-            self._held, self._losses_seen = None, []
+            self._held, self._kept, self._losses_seen = None, None, []
 
     def beyond_rounding(self, limit: float) -> float:
         """A relative difference from which on something counts as different.
@@ -111,27 +114,61 @@ class Evaluation:
                 "`keras.Variable`s."
             )
 
-    def mean_of(self, function: Callable[..., Any], numbered: bool = False) -> "Mean":
+    def mean_of(
+        self,
+        function: Callable[..., Any],
+        numbered: bool = False,
+        record: Callable[[State, Batch], Any] | None = None,
+    ) -> "Mean":
         """Compiles a function of state and batch, and averages it over the data.
 
         Args:
             function: pure function `function(state, batch, *args)` that returns the
                 loss, and a tensor or a nested structure of tensors.
             numbered: whether the number of the batch follows as last argument.
+            record: pure function `record(state, batch)`; what it returns is passed to
+                `function(recorded, *args)` in the place of state and batch, and kept
+                from call to call where that can be.
 
         Returns:
             A `Mean`: a function of `*args`.
         """
-        return Mean(self, function, numbered)
+        return Mean(self, function, numbered, record)
+
+    def kept(self, owner: "Mean", record: Callable[[], T]) -> T:
+        """`record()`, or what it returned before, if that may be kept.
+
+        It is while all products are of the same function of one batch, until another
+        function passes over the data: so nothing needs memory beside it.
+        """
+        if self._held is None or self.data.num_batches != 1:
+            return record()
+        if self._kept is None or self._kept[:2] != (owner, self.data):
+            self._kept = owner, self.data, record()
+        recorded: T = self._kept[2]
+        return recorded
 
     def loss_at(self, state: State) -> Tensor:
         """The mean loss at another state than the present one: a scalar tensor."""
         return self.mean(lambda batch: self.mean_loss.compiled(state, batch)[0])
 
     def mean(
-        self, function: Callable[..., Any], *args: Any, numbered: bool = False
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        numbered: bool = False,
+        owner: "Mean | None" = None,
     ) -> Any:
-        """`ProbeData.mean`; in smaller batches where the memory runs out."""
+        """`ProbeData.mean`; in smaller batches where the memory runs out.
+
+        Args:
+            function: function of a batch and of `*args`.
+            *args: the same for all batches.
+            numbered: whether the number of the batch follows.
+            owner: whose recording may be kept.
+        """
+        if self._kept is not None and self._kept[0] is not owner:
+            self._kept = None
 
         def work() -> Any:
             with backend.twice_differentiable():
@@ -151,7 +188,7 @@ class Evaluation:
                 if not (self.adapts and backend.is_out_of_memory(error)):
                     raise
                 # A traceback would keep what was computed in memory.
-                failed = error.with_traceback(None)
+                failed, self._kept = error.with_traceback(None), None
             else:
                 break
             if not self._halve():
@@ -254,17 +291,38 @@ class Mean:
         evaluation: the `Evaluation` that has the state and the data.
         function: `function(state, batch, *args)`; returns the loss and something else.
         numbered: whether the number of the batch follows as last argument.
+        record: `record(state, batch)`, in whose place the function takes what it
+            returns.
 
     Attributes:
-        compiled: the function, compiled.
+        compiled: the function of state and batch, compiled.
     """
 
     def __init__(
-        self, evaluation: Evaluation, function: Callable[..., Any], numbered: bool
+        self,
+        evaluation: Evaluation,
+        function: Callable[..., Any],
+        numbered: bool = False,
+        record: Callable[[State, Batch], Any] | None = None,
     ):
         self._evaluation = evaluation
         self._numbered = numbered
+        if record is not None:
+            function = self._recorded(function, record)
         self.compiled = backend.compiled(function, evaluation.jit_compile)
+
+    def _recorded(
+        self, function: Callable[..., Any], record: Callable[[State, Batch], Any]
+    ) -> Callable[..., Any]:
+        """The function of state and batch, by way of a recording."""
+
+        def of_batch(state: State, batch: Batch, *args: Any) -> Any:
+            if not backend.KEEPS_RECORDINGS:
+                return function(record(state, batch), *args)
+            kept = self._evaluation.kept(self, lambda: record(state, batch))
+            return function(kept, *args)
+
+        return of_batch
 
     def __call__(self, *args: Any) -> Any:
         """What comes with the loss, averaged over the batches by their sizes."""
@@ -274,6 +332,7 @@ class Mean:
             lambda batch, *rest: self.compiled(state, batch, *rest),
             *args,
             numbered=self._numbered,
+            owner=self,
         )
         evaluation.saw(loss)
         return result

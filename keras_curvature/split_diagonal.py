@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from keras import ops
 from numpy.typing import NDArray
 
 from keras_curvature import estimators
@@ -263,7 +262,7 @@ def _of_whole(
     products = estimators.Products(operator)
     with products.working():
         signs = products.signs(key, start, width)
-        return ops.transpose(signs * products.rows(signs))
+        return signs * products.rows(signs)
 
 
 class _Going:

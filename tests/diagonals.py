@@ -244,9 +244,9 @@ def sampler(op, *arguments):
 
 
 def drawing(samples):
-    """`draw(seed, start, width)` of some `Samples`, as NumPy arrays."""
-    return lambda seed, start, width: np.asarray(
-        samples(seed_key(seed, 4), start, width)
+    """`draw(seed, start, width)` of some `Samples`, as NumPy arrays `(P, width)`."""
+    return lambda seed, start, width: (
+        np.asarray(samples(seed_key(seed, 4), start, width)).T
     )
 
 

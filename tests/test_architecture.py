@@ -24,7 +24,7 @@ ROOMS = {
     "data_sets": set(),
     "data": {"backend", "data_sets"},
     "loss": {"backend", "data_sets", "keras_internals", "parameters", "selection"},
-    "evaluation": {"backend", "data", "loss"},
+    "evaluation": {"backend", "data", "data_sets", "loss"},
     "memory": {"backend", "data", "evaluation"},
     "operators": {
         "axes",

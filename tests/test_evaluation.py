@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_curvature as kc
-from keras_curvature import HessianOperator, estimators
+from keras_curvature import HessianOperator, backend, estimators
 from keras_curvature.evaluation import Evaluation
 
 BACKEND = keras.backend.backend()
@@ -69,11 +69,17 @@ def test_products_by_themselves_are_at_the_present_weights():
 
 
 def moving_operator():
-    """An operator whose loss reads something that is no variable, and that."""
+    """An operator whose loss reads something that is no variable, and that.
+
+    Two batches: of one, the loss may be computed once for all products.
+    """
     scale = [1.0]
-    model = dense()
     return HessianOperator(
-        model, X, Y, loss_fn=lambda m, x, y: scale[0] * ops.mean((m(x) - y) ** 2)
+        dense(),
+        X,
+        Y,
+        batch_size=4,
+        loss_fn=lambda m, x, y: scale[0] * ops.mean((m(x) - y) ** 2),
     ), scale
 
 
@@ -354,3 +360,50 @@ def test_a_loss_that_overflows_nearby_is_compared_where_it_is():
         return ops.sum(m(x)) + ops.where(spread > 0, np.nan, 0.0)
 
     assert told(model, X, Y, loss_fn=loss_fn, batch_size=4)
+
+
+# One graph for products that follow each other
+
+
+@pytest.mark.skipif(not backend.KEEPS_RECORDINGS, reason="graphs end with their trace")
+def test_one_graph_for_all_products_that_follow_each_other(monkeypatch):
+    made = []
+    record = backend.record
+
+    def counted(function, point):
+        made.append(1)
+        return record(function, point)
+
+    monkeypatch.setattr(backend, "record", counted)
+    model = dense()
+    op = HessianOperator(model, X, Y)
+    v = numbers(op.shape[0])
+    expected = op @ v
+    made.clear()
+
+    def graphs(function):
+        made.clear()
+        with op.still():
+            function()
+        return len(made)
+
+    def products(count=3):
+        for _ in range(count):
+            np.testing.assert_array_equal(op @ v, expected)
+
+    assert graphs(products) == 1
+    # Another pass over the data needs the memory, and others are not kept.
+    assert graphs(lambda: (products(), op.loss(), products())) == 2
+    assert op.evaluation._kept is None
+    made.clear()
+    products()
+    assert len(made) == 3
+    # The weights that it began with, and after it the present ones.
+    with op.still():
+        products(1)
+        model.trainable_variables[0].assign_add(1 + 0 * model.trainable_variables[0])
+        products(1)
+    assert not np.allclose(op @ v, expected)
+    # Several batches would each need the memory of one.
+    op = HessianOperator(model, X, Y, batch_size=4)
+    assert graphs(lambda: op @ np.stack([v, v], 1)) == 2 * 2

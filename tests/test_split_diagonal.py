@@ -28,11 +28,11 @@ def parts_of(cancelled, seed=0):
 
     def of_g(key, start, width, axes):
         squares = (a @ np.sign(rng.standard_normal((30, 20 * width)))) ** 2
-        return ops.cast(squares.reshape(len(a), 20, width).mean(axis=1), "float32")
+        return ops.cast(squares.reshape(len(a), 20, width).mean(axis=1).T, "float32")
 
     def of_r(key, start, width, axes):
         v = np.sign(rng.standard_normal((sum(SIZES), width)))
-        return ops.cast(v * (r @ v), "float32")
+        return ops.cast((v * (r @ v)).T, "float32")
 
     parts = types.SimpleNamespace(
         possible=True,

@@ -36,10 +36,12 @@ else:
         "KERAS_BACKEND to one of tensorflow, jax and torch before importing keras."
     )
 
+KEEPS_RECORDINGS = _backend.KEEPS_RECORDINGS
 PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
 RECOMPUTES = _backend.RECOMPUTES
 array = _backend.array
 block_numbers = _backend.block_numbers
+by_entries = _backend.by_entries
 compiled = _backend.compiled
 computed_bytes = _backend.computed_bytes
 current_trace = _backend.current_trace
@@ -75,6 +77,7 @@ values = _backend.values
 wide_float = _backend.wide_float
 
 __all__ = [
+    "KEEPS_RECORDINGS",
     "PRODUCTS_PER_PASS",
     "RECOMPUTES",
     "Caveat",
@@ -87,6 +90,7 @@ __all__ = [
     "Tensor",
     "array",
     "block_numbers",
+    "by_entries",
     "compiled",
     "computed_bytes",
     "current_trace",

@@ -32,6 +32,7 @@ Conventions:
 | `loop_range(function, count)` | the same, one after the other: the memory of one. `count` may be a tensor where a dimension varies from call to call |
 | `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
 | `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
+| `by_entries(function, *tensors)` | `function(*tensors)`, a list of tensors, where each entry along their last axis, which all have in common, depends on the same entry of the tensors alone: a few at a time where nothing puts operations together |
 | `over_blocks(kind, rows, sizes)` | `(k, V)`: the `"sum"`, `"max"` or `"min"` of each of V consecutive blocks of the entries of `rows`, `(k, P)`; sums along many entries as exact as the framework's are along the last axis |
 | `block_numbers(sizes)` | `(P,)`, `int32`: the number of the block that each entry is in |
 | `signs(shape, key, dtype)` | independent random signs ±1 |
@@ -50,6 +51,7 @@ Conventions:
 | `process()` | the number of this process and of all that were set up to work together; `None` unless the framework lets each have data of its own |
 | `sum_over_processes(x)` | the sum of what all of them pass, the same in each |
 | `RECOMPUTES` | whether gradient checkpointing computes anew what it computed before, with the values that it had |
+| `KEEPS_RECORDINGS` | whether a `Recording` outlives the compiled function that it was made in |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
 | `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |

@@ -41,6 +41,9 @@ PRODUCTS_PER_PASS = 4
 #: `jax.checkpoint` works on what was traced.
 RECOMPUTES = True
 
+#: What was traced is gone with its trace.
+KEEPS_RECORDINGS = False
+
 # Derivatives
 
 _Recorded: TypeAlias = Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]]
@@ -424,6 +427,11 @@ _OVER_BLOCKS: dict[str, tuple[Callable[..., Tensor], float, Callable[..., Tensor
     "max": (jnp.max, -jnp.inf, jax.ops.segment_max),
     "min": (jnp.min, jnp.inf, jax.ops.segment_min),
 }
+
+
+def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
+    """See the contract: what is compiled goes entry by entry as it is."""
+    return function(*tensors)
 
 
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:

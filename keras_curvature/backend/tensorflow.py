@@ -42,6 +42,9 @@ PRODUCTS_PER_PASS = 4
 #: (keras#21207).
 RECOMPUTES = False
 
+#: A tape is gone with the trace of a function.
+KEEPS_RECORDINGS = False
+
 # Derivatives
 
 
@@ -454,6 +457,11 @@ def sum_over_processes(x: Tensor) -> Tensor:
 # Blocks of entries
 
 _OVER_BLOCKS = {"sum": tf.reduce_sum, "max": tf.reduce_max, "min": tf.reduce_min}
+
+
+def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
+    """See the contract: what is compiled goes entry by entry as it is."""
+    return function(*tensors)
 
 
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from keras_curvature.estimators import tall
 from keras_curvature.estimators.lanczos import Lanczos
 from keras_curvature.estimators.products import (
     GROUP,
@@ -16,9 +19,10 @@ from keras_curvature.estimators.products import (
     ProgressFunction,
     Seed,
     SymmetricOperator,
+    on_host,
     seed_key,
-    to_host,
 )
+from keras_curvature.estimators.tall import Vector
 
 _Array = NDArray[np.float64]
 
@@ -28,7 +32,7 @@ _PURPOSE = 2
 _WHICH = ("magnitude", "algebraic", "both")
 
 #: Values, vectors and residual norms.
-_Found = tuple[_Array, _Array, _Array]
+_Found = tuple[_Array, list[Vector], _Array]
 
 #: Function from increasing eigenvalues to the indices of those that are wanted.
 _Choose = Callable[[_Array], NDArray[np.intp]]
@@ -44,14 +48,14 @@ class Eigenvalues:
         residual_norms: `‖Ax − λx‖` for the unit vectors x that were found: within
             this distance of each value there is an eigenvalue of the operator.
         num_matvecs: number of products that were spent.
-        eigenvectors: NumPy array `(P, k)` with orthonormal columns, or `None` if
-            they were not asked for.
+        eigenvectors: NumPy array `(P, k)` with orthonormal columns, of the operator's
+            type, or `None` if they were not asked for.
     """
 
     values: _Array
     residual_norms: _Array
     num_matvecs: int
-    eigenvectors: _Array | None = None
+    eigenvectors: NDArray[Any] | None = None
 
     @property
     def value(self) -> _Array:
@@ -83,9 +87,9 @@ def eigenvalues(
 ) -> Eigenvalues:
     """The k largest eigenvalues, each to a relative accuracy.
 
-    Thick-restart Lanczos (Wu, Simon 2000) in float64 on products in the operator's
-    type. An operator of size at most 64, or of less than 4 k, is formed by its products
-    and solved densely.
+    Thick-restart Lanczos (Wu, Simon 2000) on products in the operator's type, which are
+    compared with each other in float64. An operator of size at most 64, or of less than
+    4 k, is formed by its products and solved densely.
 
         SciPy's `eigsh` is as good at this: for k = 1, 3 and 6, P up to 30 000 and
     tolerances from 1e-3 to 1e-6 it took 21.9 products on average and this 20.8, with
@@ -154,7 +158,7 @@ def eigenvalues(
         values[order],
         residuals[order],
         products.spent,
-        vectors[:, order] if eigenvectors else None,
+        np.stack([vectors[i] for i in order], axis=1) if eigenvectors else None,
     )
 
 
@@ -171,32 +175,34 @@ def _chooser(k: int, which: str) -> _Choose:
     return choose
 
 
-def _multiply(products: Products, columns: _Array) -> _Array:
-    """A group of products `(P, k)`, by way of the operator's type."""
-    made = np.stack(products(columns.T), axis=1).astype(np.float64)
-    if not np.isfinite(made).all():
+def _multiply(products: Products, vectors: Iterable[Vector]) -> list[Vector]:
+    """Products with some vectors, finite ones."""
+    made = products(vectors)
+    if not all(np.isfinite(product).all() for product in made):
+        undefined = sum(int(np.isnan(product).sum()) for product in made)
+        infinite = sum(int(np.isinf(product).sum()) for product in made)
         raise RuntimeError(
             "Products with the operator are not finite, so it has no eigenvalues. "
             "Look for infinite or undefined weights, data or losses. Received: "
-            f"{np.isnan(made).sum()} undefined and {np.isinf(made).sum()} infinite "
-            f"of {made.size} entries."
+            f"{undefined} undefined and {infinite} infinite of "
+            f"{sum(product.size for product in made)} entries."
         )
     return made
 
 
 def _dense(products: Products, choose: _Choose) -> _Found:
     """From the whole matrix, formed by P products."""
-    matrix = np.empty((products.size, products.size))
-    identity = np.eye(products.size)
+    rows: list[Vector] = []
     for start in range(0, products.size, GROUP):
         if not products.going:
             raise KeyboardInterrupt
-        columns = slice(start, start + GROUP)
-        matrix[:, columns] = _multiply(products, identity[:, columns])
+        rows += _multiply(products, np.eye(products.size)[start : start + GROUP])
+    matrix = np.stack(rows).astype(np.float64)
     values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
     chosen = choose(values)
     values, vectors = values[chosen], vectors[:, chosen]
-    return values, vectors, np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+    residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+    return values, list(vectors.T.astype(products.dtype)), residuals
 
 
 def _iterated(
@@ -212,10 +218,9 @@ def _iterated(
     dimension = min(products.size - 1, max(2 * k + 1, 20))
     wanted, kept = _chooser(k, which), _chooser(k + (dimension - k) // 2, which)
     lanczos = Lanczos(
-        lambda v: _multiply(products, v[:, None])[:, 0],
-        lambda: to_host(products.normals(key, next(draws), 1))[0],
+        lambda v: _multiply(products, [v])[0],
+        lambda: np.array(on_host(products.normals(key, next(draws), 1))[0]),
         dimension,
-        float(np.finfo(products.dtype).eps),
     )
     # Products are left for the residuals, which come at the end.
     budget, converged = max(max_matvecs - k, 1), 0
@@ -232,10 +237,15 @@ def _iterated(
     for start in range(0, len(values), GROUP):
         if products.going:
             some = slice(start, start + GROUP)
-            made = _multiply(products, vectors[:, some])
-            residuals[some] = np.linalg.norm(
-                made - vectors[:, some] * values[some], axis=0
-            )
+            residuals[some] = [
+                math.sqrt(tall.turn([product, vector], np.array([[1, -value]]))[0, 0])
+                for product, vector, value in zip(
+                    _multiply(products, vectors[some]),
+                    vectors[some],
+                    values[some],
+                    strict=True,
+                )
+            ]
     if converged < len(values) and products.going:
         warnings.warn(
             f"{converged} of {k} eigenvalues converged within {products.spent} "

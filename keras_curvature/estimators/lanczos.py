@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_Array = NDArray[np.float64]
+from keras_curvature.estimators import tall
+from keras_curvature.estimators.tall import Vector
 
-#: Columns of the basis that a restart turns at once, so that it needs no second basis.
-_COLUMNS = 2**18
+_Array = NDArray[np.float64]
 
 
 class RitzPairs(NamedTuple):
@@ -37,14 +37,15 @@ class Lanczos:
     """An orthonormal basis V of growing size with `AV = VT + r tᵀ`, r a unit vector.
 
     All vectors are orthogonalised against all others, so T is computed in full and
-    holds what restarts leave behind without further care.
+    holds what restarts leave behind without further care. They are kept in the type in
+    which they are multiplied, and compared with each other in float64.
 
     Args:
-        multiply: function from a unit vector `(P,)` to its product, in float64.
-        draw: function without arguments to a random vector `(P,)`.
+        multiply: function from a unit vector `(P,)` to its product, in memory that may
+            be written to.
+        draw: function without arguments to a random vector `(P,)`, likewise.
         dimension: largest size of the basis, below P; its memory is `dimension · P`
             numbers.
-        precision: relative rounding errors of the products.
 
     Attributes:
         size: the size of the basis.
@@ -52,34 +53,34 @@ class Lanczos:
 
     def __init__(
         self,
-        multiply: Callable[[_Array], _Array],
-        draw: Callable[[], _Array],
+        multiply: Callable[[Vector], Vector],
+        draw: Callable[[], Vector],
         dimension: int,
-        precision: float,
     ):
         self.size = 0
         self._multiply = multiply
         self._draw = draw
-        self._precision = precision
         start = draw()
-        self._rows = np.empty((dimension + 1, len(start)))  # V, and then r.
-        self._rows[0] = start / np.linalg.norm(start)
+        self._precision = float(np.finfo(start.dtype).eps)
+        _divide(start, tall.take_out(start, [])[1])
+        self._vectors = [start]  # V, and then r.
         self._T = np.zeros((dimension, dimension))
         self._t = np.zeros(0)
 
     def extend(self) -> None:
         """One product, and one more vector in the basis."""
         last, self.size = self.size, self.size + 1
-        basis = self._rows[: self.size]
         T = self._T[: self.size, : self.size]
-        r, column = _orthogonal(self._multiply(basis[last]), basis)
-        T[last] = T[:, last] = column
-        norm = float(np.linalg.norm(r))
+        r = self._multiply(self._vectors[last])
+        T[last], norm = tall.take_out(r, self._vectors)
+        T[:, last] = T[last]
+        self._t = np.append(np.zeros(last), norm)
         if norm <= 10 * self._precision * abs(T).max():
             # The basis spans an invariant subspace; there may be more outside.
-            r, norm = _orthogonal(self._draw(), basis)[0], 0.0
-        self._rows[self.size] = r / np.linalg.norm(r)
-        self._t = np.append(np.zeros(last), norm)
+            r, self._t[last] = self._draw(), 0
+            norm = tall.take_out(r, self._vectors)[1]
+        _divide(r, norm)
+        self._vectors.append(r)
 
     def pairs(self, choose: Callable[[_Array], NDArray[np.intp]]) -> RitzPairs:
         """Ritz pairs of the basis so far.
@@ -93,32 +94,22 @@ class Lanczos:
         inner = inner[:, chosen]
         return RitzPairs(values[chosen], inner, abs(self._t @ inner), floor)
 
-    def vectors(self, inner: _Array) -> _Array:
-        """The vectors `(P, k)` with these coordinates."""
-        return self._rows[: self.size].T @ inner
+    def vectors(self, inner: _Array) -> list[Vector]:
+        """The vectors `(P,)` with these coordinates."""
+        basis = self._vectors[: self.size]
+        return tall.combined(inner.T, basis, basis[0].dtype.name)
 
     def restart(self, choose: Callable[[_Array], NDArray[np.intp]]) -> None:
         """Keeps the chosen Ritz vectors and the direction in which to go on."""
         values, inner, _, _ = self.pairs(choose)
-        kept, rows = len(values), self._rows
-        for start in range(0, rows.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
-            rows[:kept, columns] = inner.T @ rows[: self.size, columns]
-        rows[kept] = rows[self.size]
+        kept, r = len(values), self._vectors.pop()
+        tall.turn(self._vectors, inner.T)
+        self._vectors.append(r)
         self._T[:] = 0
         self._T[range(kept), range(kept)] = values
         self._t = self._t @ inner
         self.size = kept
 
 
-def _orthogonal(x: _Array, basis: _Array) -> tuple[_Array, _Array]:
-    """What is outside of the basis, and the coordinates of what is inside.
-
-    Twice, since once leaves rounding errors that grow (Parlett 1998, section 6.9).
-    """
-    coordinates = np.zeros(len(basis))
-    for _ in range(2):
-        parts = basis @ x
-        x = x - parts @ basis
-        coordinates = coordinates + parts
-    return x, coordinates
+def _divide(x: Vector, norm: float) -> None:
+    tall.turn([x], np.array([[1 / norm]]))

@@ -116,7 +116,8 @@ class Products:
         made: list[Vector] = []
         left = iter(directions)
         while group := list(itertools.islice(left, GROUP)):
-            rows = np.stack(group).astype(self.dtype, copy=False)
+            rows = group[0][None] if len(group) == 1 else np.stack(group)
+            rows = rows.astype(self.dtype, copy=False)
             if not self._numpy:
                 rows = array(rows, self.dtype)
             # In memory that is ours, and written to later.

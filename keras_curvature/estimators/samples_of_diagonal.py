@@ -36,7 +36,7 @@ def sampled_moments(
 
     Args:
         draw: `draw(start, width)` returns the samples `start … start + width − 1`, a
-            tensor `(P, width)`. A sample is a function of its number alone.
+            tensor `(width, P)`. A sample is a function of its number alone.
         num_samples: budget of samples. Defaults to 32, or to 1024 with a tolerance.
         tolerance: relative standard error `‖errors‖ / ‖diagonal‖` at which to stop,
             not before 16 samples.
@@ -55,7 +55,7 @@ def sampled_moments(
 
     def told(start: int, width: int) -> dict[str, Tensor]:
         diagonals = draw(start, width)
-        return _told(check_blocks(block_sizes, int(diagonals.shape[0])))(diagonals)
+        return _told(check_blocks(block_sizes, int(diagonals.shape[1])))(diagonals)
 
     with on(place):
         samples = sample(told, ("diagonal",), num_samples, tolerance, progress)
@@ -97,7 +97,7 @@ def _told(block_sizes: tuple[int, ...] | None) -> Callable[[Tensor], dict[str, T
     """Compiles what samples of the diagonal tell."""
     return compiled(
         lambda diagonals: {
-            "diagonal": ops.transpose(diagonals),
-            **with_total("trace", block_sums(ops.transpose(diagonals), block_sizes)),
+            "diagonal": diagonals,
+            **with_total("trace", block_sums(diagonals, block_sizes)),
         }
     )

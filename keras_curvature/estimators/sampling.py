@@ -11,7 +11,13 @@ from typing import TypeAlias
 
 from keras import ops
 
-from keras_curvature.backend import Tensor, array, compiled, wide_float
+from keras_curvature.backend import (
+    Tensor,
+    array,
+    by_entries,
+    compiled,
+    wide_float,
+)
 from keras_curvature.estimators.estimate import ratio
 from keras_curvature.estimators.products import GROUP, ProgressFunction
 
@@ -150,16 +156,23 @@ def _extended(width: int) -> Callable[..., tuple[_Named, _Named]]:
     def extended(
         means: _Named, spreads: _Named, count: Tensor, samples: _Named
     ) -> tuple[_Named, _Named]:
-        for number in range(width):
-            before, means, spreads = means, {}, dict(spreads)
-            for name, mean in before.items():
-                x, total = (
-                    samples[name][number],
-                    ops.cast(count + number + 1, mean.dtype),
-                )
-                means[name] = mean + (x - mean) / total
-                spreads[name] += (x - mean) * (x - means[name])
-        return means, spreads
+        def more(mean: Tensor, spread: Tensor, *drawn: Tensor) -> list[Tensor]:
+            for number, x in enumerate(drawn):
+                before, total = mean, ops.cast(count + number + 1, mean.dtype)
+                mean = before + (x - before) / total
+                spread = spread + (x - before) * (x - mean)
+            return [mean, spread]
+
+        found = {
+            name: by_entries(
+                more, mean, spreads[name], *(samples[name][i] for i in range(width))
+            )
+            for name, mean in means.items()
+        }
+        return (
+            {name: mean for name, (mean, _) in found.items()},
+            {name: spread for name, (_, spread) in found.items()},
+        )
 
     return compiled(extended)
 

@@ -34,7 +34,13 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from keras_curvature.backend import Tensor, array, block_numbers, compiled
+from keras_curvature.backend import (
+    Tensor,
+    array,
+    block_numbers,
+    by_entries,
+    compiled,
+)
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
 from keras_curvature.estimators.products import GROUP, block_sums, to_host
@@ -111,7 +117,7 @@ class PartSamples:
 
     Args:
         draw: `draw(start, width)` returns the samples `start … start + width − 1`, a
-            tensor `(P, width)`.
+            tensor `(width, P)`.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
         whole: whether they are samples of g + r.
     """
@@ -140,7 +146,7 @@ class PartSamples:
         samples, told = self._samples, _told(self._block_sizes, quiet is not None)
         while samples.count < count:
             width = min(GROUP, count - samples.count)
-            drawn = ops.transpose(self._draw(samples.count, width))
+            drawn = self._draw(samples.count, width)
             samples.add({"diagonal": drawn}, width)
             figures = told(drawn, drawn[0] if quiet is None else quiet)
             self._traces.append(to_host(figures["traces"]).T)
@@ -266,34 +272,39 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
     def mixed(
         means: list[Tensor], errors: list[Tensor], rows: Tensor, degrees: Tensor
     ) -> tuple[Tensor, Tensor]:
-        parts, g = range(len(means)), means[0]
-        numbers = block_numbers(block_sizes)
-
-        def by_entry(of_blocks: Tensor) -> Tensor:
-            return ops.take(of_blocks, numbers, axis=0)
-
-        weights = [by_entry(rows[i]) for i in parts]
-        common = [by_entry(rows[len(means) + i]) for i in parts]
-        slope, slope_error, kept, missed = (
-            by_entry(rows[2 * len(means) + i]) for i in range(4)
-        )
+        count = len(means)
         # Noise, and what is missed, is partly the same in all entries of a block, and
         # goes partly with g: of g itself all of it does.
-        squares = ops.square(g)
-        sizes = by_entry(_mean_squares(squares, block_sizes))
-        shape = (squares + sizes) / 2
-        shares = [kept * weight for weight in weights]
-        shares[0] = shares[0] + (1 + slope) * (1 - kept)
-        value, variance = 0.0, 0.0
-        for i in parts:
-            usual = common[i] * (shape if i else squares)
-            moderated = degrees[i] * ops.square(errors[i]) + _COMMON * usual
-            moderated = moderated / (degrees[i] + _COMMON)
-            value = value + shares[i] * means[i]
-            variance = variance + ops.square(shares[i]) * moderated
-        variance = variance + missed * shape
-        variance = variance + squares * ops.square((1 - kept) * slope_error)
-        return value, ops.sqrt(variance)
+        sizes = _mean_squares(ops.square(means[0]), block_sizes)
+        rows = ops.concatenate([rows, sizes[None]])
+
+        def of_entries(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
+            of_blocks = [
+                ops.take(rows[i], numbers, axis=0) for i in range(2 * count + 5)
+            ]
+            shares, common = of_blocks[:count], of_blocks[count : 2 * count]
+            slope, slope_error, kept, missed, size = of_blocks[2 * count :]
+            squares = ops.square(parts[0])
+            shape = (squares + size) / 2
+            shares = [kept * share for share in shares]
+            shares[0] = shares[0] + (1 + slope) * (1 - kept)
+            value, variance = 0.0, 0.0
+            for i, (mean, error) in enumerate(
+                zip(parts[:count], parts[count:], strict=True)
+            ):
+                usual = common[i] * (shape if i else squares)
+                moderated = degrees[i] * ops.square(error) + _COMMON * usual
+                moderated = moderated / (degrees[i] + _COMMON)
+                value = value + shares[i] * mean
+                variance = variance + ops.square(shares[i]) * moderated
+            variance = variance + missed * shape
+            variance = variance + squares * ops.square((1 - kept) * slope_error)
+            return [value, ops.sqrt(variance)]
+
+        value, error = by_entries(
+            of_entries, block_numbers(block_sizes), *means, *errors
+        )
+        return value, error
 
     return compiled(mixed)
 

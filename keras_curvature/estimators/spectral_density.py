@@ -232,15 +232,9 @@ class _Iteration:
 
     def extend(self, r: Vector, epsilon: float) -> None:
         """One step, with the product of the last vector, which is overwritten."""
-        # All components along earlier vectors are taken out twice: once leaves
-        # rounding errors that grow (Parlett 1998, section 6.9, "twice is enough").
         with np.errstate(over="ignore", invalid="ignore"):
-            for number in range(2):
-                inside = tall.dot([r], self.vectors)[0]
-                if not number:
-                    alpha = float(inside[-1])
-                left = tall.turn([r, *self.vectors], np.append(1, -inside)[None])
-        beta = float(np.sqrt(left[0, 0]))
+            taken, beta = tall.take_out(r, self.vectors)
+        alpha = float(taken[-1])
         largest = max(map(abs, [*self.alphas, alpha, *self.betas]))
         ended = bool(self.betas) and self.betas[-1] == 0
         if ended or beta <= 10 * epsilon * max(largest, beta):

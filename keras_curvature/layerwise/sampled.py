@@ -26,8 +26,6 @@ Two things take noise out of a sample, each at a price:
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from keras import ops
-
 from keras_curvature import backend
 from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
@@ -85,7 +83,7 @@ class Samples:
                 entries.
 
         Returns:
-            Tensor `(P, width)`, on the device.
+            Tensor `(width, P)`, on the device.
         """
         given = [] if axes is None else [axes]
         return self._mean(key, backend.array(start, "int32"), width, *given)
@@ -107,8 +105,7 @@ class Samples:
             own = backend.fold_in(backend.fold_in(key, start + i), number)
             return self._joined(draw(own))
 
-        samples = backend.loop_range(sample, width)
-        return loss, ops.transpose(samples)
+        return loss, backend.loop_range(sample, width)
 
 
 class LayerwiseDiagonal:

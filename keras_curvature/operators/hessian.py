@@ -4,14 +4,14 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_curvature import backend
-from keras_curvature.backend import Caveat, Tensor
+from keras_curvature.backend import Caveat, Direction, Tensor
 from keras_curvature.data import ProbeData
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation, of_values
@@ -24,6 +24,9 @@ from keras_curvature.selection import given_themselves
 _FRAMEWORK = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[
     keras.backend.backend()
 ]
+
+#: The loss, and the product with a direction.
+_Recorded: TypeAlias = tuple[Tensor, Callable[[Direction], Direction]]
 
 
 class HessianOperator:
@@ -193,8 +196,10 @@ class HessianOperator:
         self.shape = layout.size, layout.size
         self.dtype = layout.dtype
         by_tape = hvp == "tape"
-        self._products = evaluation.mean_of(
-            self._by_tape if by_tape else self._by_differences
+        self._products = (
+            evaluation.mean_of(self._by_tape, record=self._recorded)
+            if by_tape
+            else evaluation.mean_of(self._by_differences)
         )
         self._loss_and_gradient = evaluation.mean_of(self._gradient)
         _tell(evaluation, by_tape)
@@ -357,18 +362,19 @@ class HessianOperator:
                 return results[0]
             return ops.concatenate(results) if results else rows
 
-    def _by_tape(
-        self, state: State, batch: Batch, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        layout, loss = self.evaluation.loss.layout, self.evaluation.loss
+    def _recorded(self, state: State, batch: Batch) -> _Recorded:
+        loss = self.evaluation.loss
         point = dict(enumerate(state.values))
         recording = backend.record(of_values(loss, state.others, batch), point)
-        multiply = recording.product(point, point)
+        return recording.loss, recording.product(point, point)
+
+    def _by_tape(self, recorded: _Recorded, rows: Tensor) -> tuple[Tensor, Tensor]:
+        layout, (loss, multiply) = self.evaluation.loss.layout, recorded
 
         def product(i: Any) -> Tensor:
             return layout.joined(list(multiply(layout.parted(rows[i])).values()))
 
-        return recording.loss, backend.loop_range(product, ops.shape(rows)[0])
+        return loss, backend.loop_range(product, ops.shape(rows)[0])
 
     def _by_differences(
         self, state: State, batch: Batch, rows: Tensor

@@ -851,7 +851,27 @@ def test_places():
             assert is_of(backend.array([1, 2], "int32"), (2,), "int32")
 
 
+def test_by_entries():
+    """Rows, and numbers, whatever is done at once."""
+    for size in (1, 100_000):
+        x, y = (
+            np.random.default_rng(seed).standard_normal((3, size)) for seed in range(2)
+        )
+        given = [backend.array(a, "float32") for a in (x[0], x, y)]
+
+        def function(row, x, y):
+            return [row * y, ops.sum(x * y, axis=0)]
+
+        found = backend.compiled(lambda *a, f=function: backend.by_entries(f, *a))
+        found = [ops.convert_to_numpy(part) for part in found(*given)]
+        np.testing.assert_allclose(found[0], x[0] * y, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[1], (x * y).sum(0), rtol=1e-4, atol=1e-5)
+    (doubled,) = backend.by_entries(lambda x: [2 * x], backend.array(3.0, "float32"))
+    assert float(doubled) == 6
+
+
 def test_numbers_of_things():
+    assert isinstance(backend.KEEPS_RECORDINGS, bool)
     assert backend.num_replicas() == 1
     assert backend.PRODUCTS_PER_PASS >= 1
     assert isinstance(backend.PRODUCTS_PER_PASS, int)

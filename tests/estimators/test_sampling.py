@@ -172,7 +172,7 @@ def test_samples_of_the_diagonal():
     samples = rng.standard_normal((10, 200)) + np.arange(10.0)[:, None]
 
     def draw(start, width):
-        return backend.array(samples[:, start : start + width], "float64")
+        return backend.array(samples.T[start : start + width], "float64")
 
     moments = estimators.sampled_moments(draw, 7, block_sizes=(4, 6))
     assert moments.num_matvecs == 7 and moments.squared_frobenius_norm is None

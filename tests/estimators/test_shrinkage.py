@@ -33,11 +33,9 @@ class Truth:
 
     def _draw(self, mean, noise):
         def draw(start, width):
-            shape = len(mean), width
-            signs = self.rng.standard_normal(shape)
-            return ops.cast(
-                mean[:, None] + noise * self.spread[:, None] * signs, "float32"
-            )
+            # Columns of them, so that the same numbers are drawn for any grouping.
+            signs = self.rng.standard_normal((len(mean), width)).T
+            return ops.cast(mean + noise * self.spread * signs, "float32")
 
         return draw
 

@@ -11,6 +11,12 @@ import pytest
 from keras_curvature.estimators import tall
 
 
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    """So that vectors of some thousand entries have several."""
+    monkeypatch.setattr(tall, "_ENTRIES", 4096)
+
+
 def conditioned(size, count, condition, dtype, seed=0):
     """Vectors whose singular values fall from one to `1 / condition`."""
     rng = np.random.default_rng(seed)
@@ -105,6 +111,34 @@ def test_inner_products_and_combinations():
     assert found == [(0, 4096), (0, 904), (2, 1), (3, 4096), (3, 903)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("outside", [1, 1e-3, 1e-6])
+def test_take_out(dtype, outside):
+    """However little is left, it is orthogonal to the basis, and nothing is lost."""
+    *basis, rest = conditioned(10_000, 5, 1, dtype)
+    coordinates = np.array([3.0, -1, 0, 0.5])
+    x = (coordinates @ basis + outside * rest).astype(dtype)
+    columns, before = np.float64(np.stack(basis, 1)), np.array(x, float)
+    taken, norm = tall.take_out(x, basis)
+    rounding = {"float32": 1e-6, "float64": 1e-14}[dtype]
+    np.testing.assert_allclose(norm, np.linalg.norm(np.float64(x)), rtol=1e-12)
+    assert np.linalg.norm(columns.T @ x) <= rounding * norm
+    np.testing.assert_allclose(columns @ taken + x, before, atol=rounding)
+    np.testing.assert_allclose(taken, coordinates, atol=rounding)
+
+
+def test_take_out_of_nothing_and_of_no_basis():
+    (a,) = conditioned(5_000, 1, 1, "float64")
+    taken, norm = tall.take_out(2 * a, [])
+    np.testing.assert_allclose([len(taken), norm], [0, 2])
+    zero = np.zeros_like(a)
+    taken, norm = tall.take_out(zero, [a])
+    assert [*taken, norm] == [0, 0]
+    inside = 2 * a
+    taken, norm = tall.take_out(inside, [a])
+    np.testing.assert_allclose([*taken, norm], [2, 0], atol=1e-14)
+
+
 #: P float32 numbers are 16 MiB. The operator takes no memory but for its product.
 _OPERATOR = """
     import resource, sys
@@ -138,6 +172,8 @@ _TASKS = {
         " A.shape[0] - A.shape[0] // 2))",
         2 * 8 + 4 + 1 + 16,
     ),
+    # A basis of 20 and what is next, a product, and a direction on its way.
+    "eigenvalues": ("def work(A): estimators.eigenvalues(A, 1, 1e-3)", 20 + 5),
     # Two Lanczos vectors instead of eight, and one product.
     "density": ("def work(A): estimators.spectral_density(A, 8, 1)", 2 + 6),
 }
