@@ -231,7 +231,10 @@ def hessian_trace(
         method = _OF_TRACE.get(method, method)
     with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
-            return _deflated(operator, "trace", num_matvecs, tolerance, seed, progress)
+            sizes = operator.sizes
+            return deflated(
+                operator, "trace", num_matvecs, tolerance, seed, sizes, progress
+            ).trace
         return diagonal_moments(
             operator, method, num_matvecs, tolerance, seed, max_matvecs, progress
         ).trace
@@ -302,7 +305,9 @@ def hessian_frobenius_norm(
             check_affordable(operator.shape[0], max_matvecs, 'method="deflated"')
             return estimators.exact_moments(operator, blocks, progress).frobenius_norm
         if method == "deflated":
-            return _deflated(operator, name, num_matvecs, tolerance, seed, progress)
+            return deflated(
+                operator, name, num_matvecs, tolerance, seed, blocks, progress
+            ).frobenius_norm
         return estimators.hutchinson_moments(
             operator,
             num_matvecs,
@@ -349,22 +354,6 @@ def hessian_matrix(
             "allows. Use products with `HessianOperator`, or raise `max_parameters`."
         )
     return operator.to_dense()
-
-
-def _deflated(
-    operator: HessianOperator,
-    name: str,
-    num_matvecs: int | None,
-    tolerance: float | None,
-    seed: int,
-    progress: Progress,
-) -> Estimate:
-    """A figure from a dominant subspace."""
-    figures, spent = deflated(
-        operator, name, num_matvecs, tolerance, seed, operator.sizes, progress
-    )
-    estimate: Estimate = getattr(figures, name)
-    return dataclasses.replace(estimate, num_matvecs=spent)
 
 
 def operator_for(

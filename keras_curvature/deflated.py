@@ -1,7 +1,9 @@
 """Looks at the dominant subspace of a Hessian, until a figure is precise enough."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from keras_curvature import estimators
 from keras_curvature.estimators import DeflatedMoments
@@ -20,7 +22,7 @@ def deflated(
     seed: int,
     block_sizes: list[int],
     progress: Progress | None = None,
-) -> tuple[DeflatedMoments, int]:
+) -> DeflatedMoments:
     """Figures from a dominant subspace, which is refined as long as need be.
 
     Args:
@@ -34,7 +36,7 @@ def deflated(
         progress: when it says stop, what is known by then is returned.
 
     Returns:
-        The figures, and the products that were spent.
+        The figures of the last look, with the products of all of them.
     """
     budget = estimators.check_budget(num_matvecs, tolerance)
     first = budget if tolerance is None else min(_FIRST, budget)
@@ -46,7 +48,21 @@ def deflated(
         error = getattr(figures, judged).relative_standard_error
         if tolerance is not None and error is not None and error <= tolerance:
             break
-    return figures, spent
+    found: DeflatedMoments = _with_products(figures, spent)
+    return found
+
+
+def _with_products(figures: Any, spent: int) -> Any:
+    """Figures, and the estimates that they hold, that took so many products."""
+    if isinstance(figures, tuple):
+        return tuple(_with_products(each, spent) for each in figures)
+    if not dataclasses.is_dataclass(figures) or isinstance(figures, type):
+        return figures
+    held = {
+        field.name: _with_products(getattr(figures, field.name), spent)
+        for field in dataclasses.fields(figures)
+    }
+    return dataclasses.replace(figures, **held | {"num_matvecs": spent})
 
 
 def subspace_looks(

@@ -246,7 +246,7 @@ def diagonal_moments(
         )
         return _told(moments, operator, _SAMPLED)
     if method == "deflated":
-        found, spent = deflated(
+        found = deflated(
             turned or operator,
             "diagonal",
             num_matvecs,
@@ -255,7 +255,7 @@ def diagonal_moments(
             operator.sizes,
             progress,
         )
-        return _of_subspace(operator, dataclasses.replace(found, num_matvecs=spent))
+        return _of_subspace(operator, found)
     if method in ("shrunk", "split"):
         split, shrink = _split(operator), method == "shrunk"
         kinds = split.kinds(operator, shrink)
