@@ -1,6 +1,7 @@
 """A loss on data: what is compiled of it, and how it is averaged over batches."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -253,16 +254,19 @@ class Evaluation:
         return sum(products) / sum(sizes), losses
 
     def at_first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(state, batch, *args)` of the first batch, compiled and run once.
+        """`function(state, batch, *args)` of the first batch, which is not asked again.
 
         The mean over the first batches of all processes, so that all draw the same
         conclusions.
         """
-        compiled = backend.compiled(function)
+        run: Callable[..., Any] = functools.partial(backend.run_once, function)
+        if self.loss.findings.branches:
+            # What is in them must be as far from the rest as in all other functions.
+            run = backend.compiled(function)
 
         def work() -> Any:
             with backend.on(self.data.place), backend.twice_differentiable():
-                found = compiled(self.state(), self.data.first(), *args)
+                found = run(self.state(), self.data.first(), *args)
                 return self.data.over_processes(found, 1)
 
         return self._within_memory(work)

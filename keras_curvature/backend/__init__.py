@@ -68,6 +68,7 @@ process = _backend.process
 random_state_at_rest = _backend.random_state_at_rest
 reading = _backend.reading
 record = _backend.record
+run_once = _backend.run_once
 signs = _backend.signs
 sum_chunks = _backend.sum_chunks
 sum_over_processes = _backend.sum_over_processes
@@ -118,6 +119,7 @@ __all__ = [
     "random_state_at_rest",
     "reading",
     "record",
+    "run_once",
     "signs",
     "sum_chunks",
     "sum_over_processes",

@@ -16,6 +16,7 @@ Conventions:
 | name | what it does |
 |---|---|
 | `compiled(function, jit_compile=False)` | the pure function of (nested) tensors, compiled once for each signature where the framework compiles; entries of `None` are allowed. An argument that is a Python integer says how often something is repeated: where the framework allows, other numbers are not compiled anew. `jit_compile` asks TensorFlow for XLA |
+| `run_once(function, *args)` | what the pure function returns, in the way that is quickest where it is not called again: operation by operation, or with less care in compiling. Not for what has branches or loops that the framework would record as such |
 | `on_variables(function, variables)` | a compiled function of `*args` that calls the pure `function(values, *args)` with the present values of the variables. That returns `(new, result)`: the first variables are assigned what is new, and the result, computed and none of the values as it is, is returned. All variables together cost little more than one |
 | `num_traces()` | number of signatures compiled so far, of all functions |
 | `outline(function, *args)` | an `Outline` of a pure function of (nested) tensors: shapes of its results and what they are computed from; entries and results of `None` are allowed, and names of arguments must have an order; runs nothing where the framework can tell without |
@@ -117,10 +118,13 @@ class Findings(NamedTuple):
         unconnected: names of the entries of the point that the loss does not depend
             on.
         caveats: what is wrong with the derivatives, and where.
+        branches: whether the framework records branches or loops, in which what a layer
+            computes cannot leave the branch.
     """
 
     unconnected: frozenset[Name]
     caveats: tuple[Caveat, ...]
+    branches: bool = False
 
 
 class Recording(Protocol):

@@ -7,7 +7,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.extend.core
@@ -221,9 +221,10 @@ _traces = [0]
 class compiled:
     """See the contract. XLA compiles everything here: `jit_compile` has no effect."""
 
-    def __init__(
-        self, function: Callable[..., Any], jit_compile: bool | str = False
-    ) -> None:
+    #: What XLA is told.
+    _options: ClassVar[dict[str, Any] | None] = None
+
+    def __init__(self, function: Callable[..., Any], jit_compile: bool = False) -> None:
         self._traces = 0
         self._jitted: dict[tuple[int, ...], Any] = {}
 
@@ -239,13 +240,27 @@ class compiled:
         # XLA must know how often something is repeated.
         numbers = tuple(i for i, arg in enumerate(args) if type(arg) is int)
         if numbers not in self._jitted:
-            self._jitted[numbers] = jax.jit(self._function, static_argnums=numbers)
+            self._jitted[numbers] = jax.jit(
+                self._function, static_argnums=numbers, compiler_options=self._options
+            )
         jitted = self._jitted[numbers]
         return _with(dict, jitted(*_with(collections.OrderedDict, args)))
 
     def traces(self) -> int:
         """Number of signatures compiled so far."""
         return self._traces
+
+
+class _compiled_quickly(compiled):
+    """Without most of what XLA does to make a function fast on a CPU."""
+
+    _options: ClassVar = {"xla_backend_optimization_level": 0}
+
+
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """See the contract: on a CPU in two thirds of the time, for a check of a network."""
+    kind = _compiled_quickly if jax.default_backend() == "cpu" else compiled
+    return kind(function)(*args)
 
 
 def _with(kind: type, structure: Any) -> Any:

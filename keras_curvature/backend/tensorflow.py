@@ -31,6 +31,7 @@ from keras_curvature.backend.tensorflow_loops import compiled as compiled
 from keras_curvature.backend.tensorflow_loops import loop_range as loop_range
 from keras_curvature.backend.tensorflow_loops import map_range as map_range
 from keras_curvature.backend.tensorflow_loops import num_traces as num_traces
+from keras_curvature.backend.tensorflow_loops import run_once as run_once
 from keras_curvature.backend.tensorflow_loops import sum_chunks as sum_chunks
 from keras_curvature.backend.tensorflow_loops import sum_range as sum_range
 

@@ -48,6 +48,9 @@ STOP_SECOND_DERIVATIVES = {
 #: XLA finds the position of the maximum from rounded inputs in second derivatives.
 _WRONG_IN_XLA = {"MaxPool", "MaxPoolV2", "MaxPool3D", "MaxPoolWithArgmax"}
 
+#: Have bodies of their own.
+_BRANCHES = {"Case", "If", "StatelessCase", "StatelessIf", "StatelessWhile", "While"}
+
 #: Draw from a state that moves on, whatever their seeds are. `RngReadAndSkip` is how a
 #: `tf.random.Generator` does.
 _RANDOM = {
@@ -171,9 +174,10 @@ def examine(
             for s in sources
         ]
         operations = list(_operations_between(starts, gradient, graph))
+        behind = list(_operations_behind(loss, graph))
         drawing = [
             Caveat("random", operation, name)
-            for operation, name in _operations_behind(loss, graph)
+            for operation, name in behind
             if operation in _RANDOM
         ]
     caveats = {
@@ -185,6 +189,7 @@ def examine(
     return Findings(
         frozenset(name for name, g in zip(traced, gradient, strict=True) if g is None),
         tuple(sorted({*caveats, *drawing})),
+        any(operation in _BRANCHES for operation, _ in behind),
     )
 
 

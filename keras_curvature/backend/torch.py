@@ -50,6 +50,7 @@ __all__ = [
     "process",
     "random_state_at_rest",
     "record",
+    "run_once",
     "signs",
     "sum_chunks",
     "sum_over_processes",
@@ -76,9 +77,7 @@ KEEPS_RECORDINGS = True
 class compiled:
     """See the contract: the function as it is, without graphs."""
 
-    def __init__(
-        self, function: Callable[..., Any], jit_compile: bool | str = False
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], jit_compile: bool = False) -> None:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
@@ -89,6 +88,11 @@ class compiled:
     def traces(self) -> int:
         """Number of signatures compiled: none."""
         return 0
+
+
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """See the contract."""
+    return compiled(function)(*args)
 
 
 def num_traces() -> int:

@@ -461,16 +461,44 @@ def test_examine():
     assert findings.caveats == ()
     # Log-sum-exp stops the gradient of the maximum that it subtracts, rightly so.
     softmax = FUNCTIONS["cross_entropy"]
-    assert backend.examine(softmax.recorded, tensors(softmax.point)) == (set(), ())
+    findings = backend.examine(softmax.recorded, tensors(softmax.point))
+    assert findings[:2] == (set(), ())
     # Nor is what `hold_cotangent` does a mistake.
     findings = backend.examine(
         lambda p: (ops.sum(backend.hold_cotangent(p["x"] ** 2) ** 3), {}),
         tensors({"x": np.ones(2)}),
     )
-    assert findings == (set(), ())
+    assert findings == (set(), (), False)
+    # Loops in a graph have bodies of their own.
+    findings = backend.examine(
+        lambda p: (ops.sum(ops.fori_loop(0, 3, lambda i, x: x * p["x"], p["x"])), {}),
+        tensors({"x": np.ones(2)}),
+    )
+    assert findings.branches == (keras.backend.backend() == "tensorflow")
 
 
 # Compiled functions and loops
+
+
+def test_run_once():
+    """As what is compiled, with nothing left of it."""
+
+    def function(point, y):
+        loss, _, slope = backend.gradient(lambda p: (ops.sum(p["x"] ** 3), {}), point)
+        squares = backend.map_range(
+            lambda i: slope["x"] * (y + ops.cast(i, "float32")), 2
+        )
+        return {"loss": loss, "squares": squares, "nothing": None}
+
+    given = tensors({"x": np.arange(3.0)}), backend.array(1.0, "float32")
+    with backend.twice_differentiable():
+        found = backend.run_once(function, *given)
+        expected = backend.compiled(function)(*given)
+    assert found["nothing"] is None
+    for name in ("loss", "squares"):
+        np.testing.assert_allclose(
+            *(ops.convert_to_numpy(x[name]) for x in (found, expected)), rtol=1e-6
+        )
 
 
 def test_compiled_once_for_a_signature():

@@ -37,9 +37,9 @@ def _float():
 
 def drawn(samples, count, seed=0):
     key = kc.estimators.seed_key(seed)
-    columns = [samples(key, i, 4) for i in range(0, count, 4)]
-    columns = [ops.convert_to_numpy(c).astype("float64") for c in columns]
-    return np.concatenate(columns, axis=1)
+    rows = [samples(key, i, 4) for i in range(0, count, 4)]
+    rows = [ops.convert_to_numpy(part).astype("float64") for part in rows]
+    return np.concatenate(rows).T
 
 
 @pytest.mark.parametrize("name", SPLIT)
