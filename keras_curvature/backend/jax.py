@@ -258,7 +258,7 @@ class _compiled_quickly(compiled):
 
 
 def run_once(function: Callable[..., Any], *args: Any) -> Any:
-    """See the contract: on a CPU in two thirds of the time, for a check of a network."""
+    """See the contract: on a CPU a check takes two thirds of the time."""
     kind = _compiled_quickly if jax.default_backend() == "cpu" else compiled
     return kind(function)(*args)
 
