@@ -22,7 +22,8 @@ believed as far as its samples agree, block by block (a block is a variable):
 
 The error that is given counts both what is random and what shrinking leaves out: the
 mean square of `(1 − w) (r − ρ g)` is what the samples show of it, in the block itself
-as far as it can be seen there, and relative to g in all blocks together.
+as far as it can be seen there, and relative to g in all blocks together; in a block of
+so few entries that its noise cannot be told from what it is, all that they show.
 """
 
 import dataclasses
@@ -429,6 +430,9 @@ class _Sums:
         of_whole = _OF_THE_WHOLE * squares.sum() * self.sizes / self.sizes.sum()
         left = np.maximum(left, np.where(seen, of_whole / scale, 0))
         possible = np.minimum(allowed, max(_POSSIBLE, together))
+        # Where a block tells nothing of itself, what its samples show may all be so.
+        alone = np.where(seen & ~telling, distance / scale, 0)
+        possible = np.maximum(possible, alone)
         most = np.maximum(np.maximum(drawn + doubt_of_drawn, possible), left)
         # Of a mean of the whole, ĝ is the other estimate, with its own noise.
         believed = left * squares + quiet

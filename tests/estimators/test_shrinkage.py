@@ -144,6 +144,21 @@ def test_a_rest_larger_than_the_first_part_is_reckoned_with(products):
     assert np.mean(covered) > 0.9
 
 
+def test_a_rest_that_only_a_small_block_has_is_reckoned_with():
+    """Two samples of a single entry tell neither its noise nor what it is."""
+    covered, small = [], slice(930, 931)
+    for seed in range(200):
+        truth = Truth(seed, 1.0, slope=0.0, rest=0.1)
+        truth.g[small], truth.r[small] = 0.1, 2.0
+        truth.spread = np.abs(truth.g)
+        truth.spread[small] = 1.0
+        g, rest = truth.parts(kinds=((2, 1.0),))
+        diagonal = summed(g, rest, 4, SIZES).diagonal
+        distance = np.abs(value(diagonal) - truth.g - truth.r)
+        covered.append((distance <= 2 * error(diagonal))[small])
+    assert np.mean(covered) > 0.75
+
+
 class TestSamplesOfTheWhole:
     """The parts cancel: what is left has less noise than the rest has."""
 
