@@ -241,6 +241,10 @@ def _as_list(edges):
     return [float(edge) for edge in edges]
 
 
+#: Entries that are counted at once.
+_ENTRIES = 2**18
+
+
 @functools.lru_cache(maxsize=64)
 def _summarize(sizes, inner_edges):
     """Compiled: statistics and counts of each block of a flat diagonal.
@@ -262,11 +266,17 @@ def _summarize(sizes, inner_edges):
         ]
         shape = len(sizes), len(inner_edges) + 1
         edges = ops.convert_to_tensor(inner_edges, flat.dtype)
-        bins = ops.cast(ops.searchsorted(edges, flat, side="right"), "int32")
-        bins = backend.block_numbers(sizes) * shape[1] + bins
-        counts = ops.segment_sum(
-            ops.ones_like(bins), bins, num_segments=math.prod(shape)
-        )
+
+        def counted(entries, numbers):
+            bins = ops.cast(ops.searchsorted(edges, entries, side="right"), "int32")
+            bins = numbers * shape[1] + bins
+            return ops.segment_sum(
+                ops.ones_like(bins), bins, num_segments=math.prod(shape)
+            )
+
+        # A few at a time: what is made on the way takes as much as many diagonals.
+        numbers = backend.block_numbers(sizes)
+        counts = backend.sum_chunks(counted, [flat, numbers], _ENTRIES)
         return ops.stack(columns, axis=1), ops.reshape(counts, shape)
 
     return backend.compiled(summarize)
