@@ -6,7 +6,7 @@ dearer, so the loss is drawn against both. The model is a logistic regression on
 measurements of cells in the units they come in, from thousandths to thousands: there
 the diagonal of the Hessian knows what a learning rate cannot. Who standardises the
 features has given AdamW that knowledge beforehand: it then gets as low as
-DiagonalNewton, and in less time. docs/optimizer.md has the figures of eight tasks.
+DiagonalNewton, and in less time. docs/optimizer.md has the figures of many tasks.
 Each optimizer has two learning rates; the better one is drawn boldly.
 
     AdamW            θ ← θ − η (m̂ / (√v̂ + ε) + w θ)
