@@ -21,9 +21,10 @@ _Array = NDArray[np.float64]
 Vector: TypeAlias = NDArray[Any]
 
 #: Entries of each vector in a part. Fewer of them cost time in Python (a pass over two
-#: vectors of 14 million takes twice as long with 2**12), many more do not fit into a
-#: processor's cache.
-_ENTRIES = 2**15
+#: vectors of 14 million takes a third more with 2**12). From twice as many on NumPy's
+#: products may go to several threads, which for rows as long and as few as these has
+#: taken up to thirty times the time; and tens of vectors no longer fit into a cache.
+_ENTRIES = 2**13
 
 #: The relative size of what is left of a vector next to others, squared, below which it
 #: is taken for a combination of them. An inner product is good to 1e-15.
