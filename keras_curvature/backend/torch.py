@@ -60,8 +60,8 @@ __all__ = [
     "wide_float",
 ]
 
-#: The graph that products share is kept until the last of them: more of them would
-#: hold the memory for longer and save little.
+#: Those of several batches share the graph of each: more of them would hold its memory
+#: for longer and save little.
 PRODUCTS_PER_PASS = 4
 
 #: `torch.utils.checkpoint` calls the layer again in the backward pass, when the values

@@ -196,7 +196,8 @@ def _dense(products: Products, choose: _Choose) -> _Found:
     for start in range(0, products.size, GROUP):
         if not products.going:
             raise KeyboardInterrupt
-        rows += _multiply(products, np.eye(products.size)[start : start + GROUP])
+        width = min(GROUP, products.size - start)
+        rows += _multiply(products, np.eye(width, products.size, start))
     matrix = np.stack(rows).astype(np.float64)
     values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
     chosen = choose(values)
