@@ -313,6 +313,7 @@ class Mean:
         self._numbered = numbered
         if record is not None:
             function = self._recorded(function, record)
+        self._function = function
         self.compiled = backend.compiled(function, evaluation.jit_compile)
 
     def _recorded(
@@ -330,10 +331,26 @@ class Mean:
 
     def __call__(self, *args: Any) -> Any:
         """What comes with the loss, averaged over the batches by their sizes."""
+        return self._averaged(self.compiled, *args)
+
+    def once(self, *args: Any) -> Any:
+        """The same, without compiling it, where that is possible and quicker.
+
+        For what may never be asked again.
+        """
+        evaluation = self._evaluation
+        compiles = evaluation.loss.findings.branches or not backend.RUNS_UNCOMPILED
+        if compiles or evaluation.data.num_batches != 1:
+            return self(*args)
+        return self._averaged(
+            functools.partial(backend.run_once, self._function), *args
+        )
+
+    def _averaged(self, function: Callable[..., Any], *args: Any) -> Any:
         evaluation = self._evaluation
         state = evaluation.state()
         loss, result = evaluation.mean(
-            lambda batch, *rest: self.compiled(state, batch, *rest),
+            lambda batch, *rest: function(state, batch, *rest),
             *args,
             numbered=self._numbered,
             owner=self,

@@ -250,9 +250,13 @@ class SplitMoments:
             return estimators.PartSamples(
                 functools.partial(_of_whole, along, key), self._sizes, whole=True
             )
-        samples = self.parts.rest[kind] if kind else self.parts.gauss_newton
+        kinds = self.parts.rest | {"": self.parts.gauss_newton}
+        draw: Callable[..., Tensor] = kinds[kind]
+        if kind and purpose == _CHOICE:
+            # One of the kinds that are tried is chosen.
+            draw = self.parts.rest[kind].once
         return estimators.PartSamples(
-            functools.partial(samples, key, axes=axes), self._sizes
+            functools.partial(draw, key, axes=axes), self._sizes
         )
 
 

@@ -34,6 +34,7 @@ def parts_of(cancelled, seed=0):
         v = np.sign(rng.standard_normal((sum(SIZES), width)))
         return ops.cast((v * (r @ v)).T, "float32")
 
+    of_r.once = of_r
     parts = types.SimpleNamespace(
         possible=True,
         num_outputs=float("inf"),

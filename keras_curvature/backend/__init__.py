@@ -39,6 +39,7 @@ else:
 KEEPS_RECORDINGS = _backend.KEEPS_RECORDINGS
 PRODUCTS_PER_PASS = _backend.PRODUCTS_PER_PASS
 RECOMPUTES = _backend.RECOMPUTES
+RUNS_UNCOMPILED = _backend.RUNS_UNCOMPILED
 array = _backend.array
 block_numbers = _backend.block_numbers
 by_entries = _backend.by_entries
@@ -81,6 +82,7 @@ __all__ = [
     "KEEPS_RECORDINGS",
     "PRODUCTS_PER_PASS",
     "RECOMPUTES",
+    "RUNS_UNCOMPILED",
     "Caveat",
     "Direction",
     "Findings",

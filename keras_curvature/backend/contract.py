@@ -53,6 +53,7 @@ Conventions:
 | `sum_over_processes(x)` | the sum of what all of them pass, the same in each |
 | `RECOMPUTES` | whether gradient checkpointing computes anew what it computed before, with the values that it had |
 | `KEEPS_RECORDINGS` | whether a `Recording` outlives the compiled function that it was made in |
+| `RUNS_UNCOMPILED` | whether `run_once` compiles nothing at all |
 | `PRODUCTS_PER_PASS` | how many products are worth recording once for |
 | `flatten(structure)` | the arrays in a nested structure as its users nest them, and a function that puts others in their place |
 | `function_of_variables(function, variables)` | the scalar `function()`, which reads variables of the framework, as a function of the list of their values: the variables themselves, or tensors in their place, by which it can be differentiated once. TensorFlow alone can; elsewhere a `ValueError` asks for a function of the parameters |

@@ -44,6 +44,9 @@ RECOMPUTES = True
 #: What was traced is gone with its trace.
 KEEPS_RECORDINGS = False
 
+#: Each kind of operation would be compiled by itself.
+RUNS_UNCOMPILED = False
+
 # Derivatives
 
 _Recorded: TypeAlias = Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]]

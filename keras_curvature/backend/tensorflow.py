@@ -46,6 +46,9 @@ RECOMPUTES = False
 #: A tape is gone with the trace of a function.
 KEEPS_RECORDINGS = False
 
+#: Without a graph each operation takes longer, and nothing is traced or optimized.
+RUNS_UNCOMPILED = True
+
 # Derivatives
 
 

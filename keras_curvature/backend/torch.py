@@ -29,6 +29,7 @@ from keras_curvature.backend.torch_derivatives import (
 __all__ = [
     "KEEPS_RECORDINGS",
     "PRODUCTS_PER_PASS",
+    "RUNS_UNCOMPILED",
     "array",
     "compiled",
     "current_trace",
@@ -70,6 +71,9 @@ RECOMPUTES = False
 
 #: A graph lives as long as somebody holds it.
 KEEPS_RECORDINGS = True
+
+#: Nothing is compiled in any case.
+RUNS_UNCOMPILED = True
 
 # Functions
 

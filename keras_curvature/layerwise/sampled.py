@@ -85,8 +85,13 @@ class Samples:
         Returns:
             Tensor `(width, P)`, on the device.
         """
-        given = [] if axes is None else [axes]
-        return self._mean(key, backend.array(start, "int32"), width, *given)
+        return self._mean(*_given(key, start, width, axes))
+
+    def once(
+        self, key: Tensor, start: int, width: int, axes: list[Axes] | None = None
+    ) -> Tensor:
+        """The same, where no more may be asked for; see `Mean.once`."""
+        return self._mean.once(*_given(key, start, width, axes))
 
     def _draw(
         self,
@@ -106,6 +111,15 @@ class Samples:
             return self._joined(draw(own))
 
         return loss, backend.loop_range(sample, width)
+
+
+def _given(key: Tensor, start: int, width: int, axes: list[Axes] | None) -> list[Any]:
+    return [
+        key,
+        backend.array(start, "int32"),
+        width,
+        *([] if axes is None else [axes]),
+    ]
 
 
 class LayerwiseDiagonal:
