@@ -21,6 +21,7 @@ from keras_curvature.estimators.products import (
     SymmetricOperator,
     on_host,
     seed_key,
+    together,
 )
 from keras_curvature.estimators.tall import Vector
 
@@ -235,9 +236,10 @@ def _iterated(
     vectors = lanczos.vectors(inner)
     # The iteration knows nothing of rounding, and takes the operator for symmetric.
     residuals = np.maximum(residuals, floor)
-    for start in range(0, len(values), GROUP):
+    step = together(products.size)
+    for start in range(0, len(values), step):
         if products.going:
-            some = slice(start, start + GROUP)
+            some = slice(start, start + step)
             residuals[some] = [
                 math.sqrt(tall.turn([product, vector], np.array([[1, -value]]))[0, 0])
                 for product, vector, value in zip(

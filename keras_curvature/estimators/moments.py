@@ -31,6 +31,7 @@ from keras_curvature.estimators.products import (
     check_blocks,
     seed_key,
     to_host,
+    together,
 )
 from keras_curvature.estimators.sampling import sample
 from keras_curvature.estimators.shares import (
@@ -137,7 +138,8 @@ def hutchinson_moments(
             directions = products.signs(key, start, width)
             return told(directions, products.rows(directions))
 
-        samples = sample(draw, judged, num_matvecs, tolerance, progress)
+        at_once = together(products.size)
+        samples = sample(draw, judged, num_matvecs, tolerance, progress, at_once)
         return Moments(
             scalar_estimate(samples, "trace", blocks),
             scalar_estimate(samples, "squared norm", blocks),

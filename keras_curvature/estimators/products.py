@@ -30,12 +30,21 @@ from keras_curvature.estimators.tall import Vector
 #: are cheaper, and memory stays at a few vectors of length P.
 GROUP = 4
 
+#: Numbers in the vectors that are worked on together, at most (0.5 GiB in float32): of
+#: a large model they would take more memory than all else.
+_NUMBERS = 2**27
+
 #: Told `(done, total)` after each group of products, the total `None` where nobody
 #: knows it; returns whether to go on.
 ProgressFunction: TypeAlias = Callable[[int, int | None], bool]
 
 #: A non-negative integer, or a tuple of them (a seed and a step, say).
 Seed: TypeAlias = int | Sequence[int]
+
+
+def together(size: int) -> int:
+    """How many vectors of this size are worked on together."""
+    return GROUP if GROUP * size <= _NUMBERS else 1
 
 
 class SymmetricOperator(Protocol):
@@ -115,7 +124,7 @@ class Products:
         """
         made: list[Vector] = []
         left = iter(directions)
-        while group := list(itertools.islice(left, GROUP)):
+        while group := list(itertools.islice(left, together(self.size))):
             rows = group[0][None] if len(group) == 1 else np.stack(group)
             rows = rows.astype(self.dtype, copy=False)
             if not self._numpy:

@@ -14,6 +14,7 @@ from keras_curvature.estimators.products import (
     block_sums,
     check_blocks,
     to_host,
+    together,
 )
 from keras_curvature.estimators.sampling import sample
 from keras_curvature.estimators.shares import (
@@ -58,7 +59,8 @@ def sampled_moments(
         return _told(check_blocks(block_sizes, int(diagonals.shape[1])))(diagonals)
 
     with on(place):
-        samples = sample(told, ("diagonal",), num_samples, tolerance, progress)
+        at_once = together(sum(block_sizes or ()))
+        samples = sample(told, ("diagonal",), num_samples, tolerance, progress, at_once)
         blocks = None if block_sizes is None else tuple(block_sizes)
         trace = scalar_estimate(samples, "trace", blocks)
         return Moments(trace, None, diagonal_estimate(samples), samples.count)

@@ -83,6 +83,7 @@ def sample(
     num_samples: int | None = None,
     tolerance: float | None = None,
     progress: ProgressFunction | None = None,
+    at_once: int = GROUP,
 ) -> Samples:
     """Averages over random samples.
 
@@ -97,6 +98,7 @@ def sample(
             figure is at most this, though not before 16 samples.
         progress: told after each group of samples; when it says stop, what is known
             by then is returned.
+        at_once: how many samples are drawn together.
 
     Returns:
         A `Samples`, of one sample at least.
@@ -107,7 +109,7 @@ def sample(
     num_samples = check_budget(num_samples, tolerance)
     samples, going = Samples(), True
     while going and samples.count < num_samples:
-        width = min(GROUP, num_samples - samples.count)
+        width = min(at_once, num_samples - samples.count)
         samples.add(draw(samples.count, width), width)
         if progress is not None:
             going = progress(samples.count, num_samples)

@@ -44,7 +44,7 @@ from keras_curvature.backend import (
 )
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
-from keras_curvature.estimators.products import GROUP, block_sums, to_host
+from keras_curvature.estimators.products import block_sums, to_host, together
 from keras_curvature.estimators.quadratic_forms import students_factor
 from keras_curvature.estimators.sampling import Samples
 
@@ -145,8 +145,9 @@ class PartSamples:
             quiet: the mean of g, if this is r.
         """
         samples, told = self._samples, _told(self._block_sizes, quiet is not None)
+        at_once = together(sum(self._block_sizes))
         while samples.count < count:
-            width = min(GROUP, count - samples.count)
+            width = min(at_once, count - samples.count)
             drawn = self._draw(samples.count, width)
             samples.add({"diagonal": drawn}, width)
             figures = told(drawn, drawn[0] if quiet is None else quiet)

@@ -23,7 +23,6 @@ from keras_curvature.estimators.deflation import (
 )
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.products import (
-    GROUP,
     Products,
     ProgressFunction,
     Seed,
@@ -31,6 +30,7 @@ from keras_curvature.estimators.products import (
     check_blocks,
     on_host,
     seed_key,
+    together,
 )
 from keras_curvature.estimators.sampling import check_budget
 from keras_curvature.estimators.tall import Vector
@@ -298,8 +298,9 @@ def _directions(
 ) -> Iterator[Vector]:
     """Q and (I − QQᵀ)V, the latter made as they are needed."""
     yield from basis
-    for start in range(0, len(signs), GROUP):
-        group = signs[start : start + GROUP]
+    step = together(len(signs[0])) if signs else 1
+    for start in range(0, len(signs), step):
+        group = signs[start : start + step]
         yield from outside(basis, group) if basis else (v.astype(dtype) for v in group)
 
 

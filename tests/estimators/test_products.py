@@ -173,3 +173,26 @@ def test_groups_are_counted_until_told_to_stop():
 def test_what_is_no_symmetric_operator_is_refused(operator):
     with pytest.raises(ValueError, match="symmetric operator.*Received: "):
         estimators.hutchinson_moments(operator)
+
+
+def test_large_vectors_are_worked_on_one_by_one(monkeypatch):
+    """With the same figures."""
+    dense = matrices.named("network", 60, dtype="float32")
+    sizes = (20, 40)
+
+    def figures():
+        recorded = matrices.Recorded(dense)
+        found = estimators.hutchinson_moments(recorded, 6, block_sizes=sizes)
+        subspace = estimators.DominantSubspace().update(recorded, 24, 0, sizes)
+        return [
+            found.trace.value,
+            found.trace.standard_error,
+            found.squared_frobenius_norm.value,
+            subspace.trace.value,
+            subspace.squared_frobenius_norm.value,
+        ]
+
+    together = figures()
+    monkeypatch.setattr(module, "_NUMBERS", 4 * 60 - 1)
+    assert module.together(60) == 1 and module.together(59) == module.GROUP
+    np.testing.assert_allclose(figures(), together, rtol=1e-4)

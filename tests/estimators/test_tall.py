@@ -174,6 +174,16 @@ _TASKS = {
     ),
     # A basis of 20 and what is next, a product, and a direction on its way.
     "eigenvalues": ("def work(A): estimators.eigenvalues(A, 1, 1e-3)", 20 + 5),
+    # The same of a model so large that vectors are worked on one by one.
+    "subspace, one by one": (
+        "from keras_curvature.estimators import products\n"
+        "products._NUMBERS = 0\n"
+        "subspace = estimators.DominantSubspace(8)\n"
+        "def work(A):\n"
+        "    for _ in range(2): subspace.update(A, 12, block_sizes=(A.shape[0] // 2,"
+        " A.shape[0] - A.shape[0] // 2))",
+        2 * 8 + 4 + 1 + 4,
+    ),
     # Two Lanczos vectors instead of eight, and one product.
     "density": ("def work(A): estimators.spectral_density(A, 8, 1)", 2 + 6),
 }
