@@ -463,9 +463,38 @@ def sum_over_processes(x: Tensor) -> Tensor:
 _OVER_BLOCKS = {"sum": tf.reduce_sum, "max": tf.reduce_max, "min": tf.reduce_min}
 
 
+#: Entries of each tensor that are worked on at once. Operations of a graph run as they
+#: can, and each of them makes a tensor.
+_ENTRIES = 2**20
+
+
 def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
-    """See the contract: what is compiled goes entry by entry as it is."""
-    return function(*tensors)
+    """See the contract."""
+    size = tensors[0].shape[-1] if tensors[0].shape.rank else 1
+    if size is None or size <= _ENTRIES:
+        return function(*tensors)
+    count, rest = divmod(size, _ENTRIES)
+
+    def part(start: Any, width: int) -> list[Tensor]:
+        return function(*(x[..., start : start + width] for x in tensors))
+
+    def chunk(i: Tensor) -> list[Tensor]:
+        return part(i * _ENTRIES, _ENTRIES)
+
+    results = [
+        # From (chunks, …, entries) to (…, all entries).
+        tf.reshape(
+            tf.transpose(x, [*range(1, x.shape.rank - 1), 0, x.shape.rank - 1]),
+            [*x.shape[1:-1], count * _ENTRIES],
+        )
+        for x in loop_range(chunk, count)
+    ]
+    if not rest:
+        return results
+    return [
+        tf.concat(pair, axis=-1)
+        for pair in zip(results, part(count * _ENTRIES, rest), strict=True)
+    ]
 
 
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:

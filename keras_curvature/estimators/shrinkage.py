@@ -212,11 +212,14 @@ def summed(
     weights = np.full((len(noisy), blocks), 1 / max(len(noisy), 1))
     adjusted, common = _Adjusted.not_at_all(blocks), np.zeros((len(parts), blocks))
     if seen:
-        measured = _measure(block_sizes)(
-            [part.mean for part in parts], [part.error for part in parts]
-        )
+        inner = _inner(block_sizes)
+        means = [part.mean for part in parts]
+        # One after the other: together they would take the memory of as many diagonals.
         sums = _Sums(
-            **{name: to_host(x) for name, x in measured.items()},
+            products=np.array(
+                [[to_host(inner(x, y)) for y in means] for x in means]
+            ).swapaxes(1, 2),
+            noise=np.array([to_host(inner(p.error, p.error)) for p in parts]).T,
             sizes=np.array(block_sizes),
             whole=whole,
         )
@@ -253,18 +256,9 @@ def summed(
 
 
 @functools.lru_cache(maxsize=64)
-def _measure(block_sizes: tuple[int, ...]) -> Callable[..., dict[str, Tensor]]:
-    """Compiles the sums over blocks that weights depend on."""
-
-    def measure(means: list[Tensor], errors: list[Tensor]) -> dict[str, Tensor]:
-        pairs = [ops.stack([x * y for y in means]) for x in means]
-        noise = ops.stack([ops.square(e) for e in errors])
-        return {
-            "products": ops.stack([block_sums(p, block_sizes) for p in pairs]),
-            "noise": block_sums(noise, block_sizes),
-        }
-
-    return compiled(measure)
+def _inner(block_sizes: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Compiles inner products of two diagonals by block: what weights depend on."""
+    return compiled(lambda x, y: block_sums((x * y)[None], block_sizes)[:, 0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -881,7 +881,7 @@ def test_places():
 
 def test_by_entries():
     """Rows, and numbers, whatever is done at once."""
-    for size in (1, 100_000):
+    for size in (1, 100_000, 2**21 + 3):
         x, y = (
             np.random.default_rng(seed).standard_normal((3, size)) for seed in range(2)
         )
