@@ -227,9 +227,7 @@ class SplitMoments:
 
     def _by_block(self, x: Tensor, y: Tensor | None = None) -> _Array:
         """Sums of squares by variable, or of products."""
-        products = x * (x if y is None else y)
-        sums = estimators.block_sums(products[None], self._sizes)
-        return estimators.to_host(sums)[:, 0]
+        return estimators.block_products(x, x if y is None else y, self._sizes)
 
     def _samples(
         self,
@@ -250,11 +248,10 @@ class SplitMoments:
             return estimators.PartSamples(
                 functools.partial(_of_whole, along, key), self._sizes, whole=True
             )
-        kinds = self.parts.rest | {"": self.parts.gauss_newton}
-        draw: Callable[..., Tensor] = kinds[kind]
-        if kind and purpose == _CHOICE:
-            # One of the kinds that are tried is chosen.
-            draw = self.parts.rest[kind].once
+        samples = self.parts.rest[kind] if kind else self.parts.gauss_newton
+        # One of the kinds that are tried is chosen.
+        tried = bool(kind) and purpose == _CHOICE
+        draw: Callable[..., Tensor] = samples.once if tried else samples
         return estimators.PartSamples(
             functools.partial(draw, key, axes=axes), self._sizes
         )

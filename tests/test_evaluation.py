@@ -401,7 +401,7 @@ def test_one_graph_for_all_products_that_follow_each_other(monkeypatch):
     # The weights that it began with, and after it the present ones.
     with op.still():
         products(1)
-        model.trainable_variables[0].assign_add(1 + 0 * model.trainable_variables[0])
+        model.trainable_variables[0].assign(model.trainable_variables[0] + 1)
         products(1)
     assert not np.allclose(op @ v, expected)
     # Several batches would each need the memory of one.

@@ -13,7 +13,7 @@ from keras_curvature.estimators.moments import (
 from keras_curvature.estimators.products import (
     GROUP,
     Products,
-    block_sums,
+    block_products,
     seed_key,
     to_host,
 )
@@ -41,7 +41,7 @@ __all__ = [
     "PartSamples",
     "Products",
     "SpectralDensity",
-    "block_sums",
+    "block_products",
     "check_budget",
     "eigenvalues",
     "error_of_diagonal",

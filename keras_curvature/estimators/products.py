@@ -244,6 +244,13 @@ def block_sums(rows: Tensor, block_sizes: tuple[int, ...] | None) -> Tensor:
     return ops.cast(sums, wide_float())
 
 
+def block_products(
+    x: Tensor, y: Tensor, block_sizes: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Inner products of two vectors `(P,)` by block, `(blocks,)`."""
+    return to_host(_block_products(block_sizes)(x, y))
+
+
 def to_host(x: Tensor) -> NDArray[np.float64]:
     """A small tensor as a NumPy array in float64."""
     return np.asarray(ops.convert_to_numpy(x), np.float64)
@@ -263,6 +270,13 @@ def _rows(
         return ops.stack(drawn)
 
     return compiled(rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_products(
+    block_sizes: tuple[int, ...],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    return compiled(lambda x, y: block_sums((x * y)[None], block_sizes)[:, 0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,13 +11,7 @@ from typing import TypeAlias
 
 from keras import ops
 
-from keras_curvature.backend import (
-    Tensor,
-    array,
-    by_entries,
-    compiled,
-    wide_float,
-)
+from keras_curvature.backend import Tensor, array, by_entries, compiled, wide_float
 from keras_curvature.estimators.estimate import ratio
 from keras_curvature.estimators.products import GROUP, ProgressFunction
 

@@ -28,6 +28,7 @@ so few entries that its noise cannot be told from what it is, all that they show
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -35,16 +36,15 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from keras_curvature.backend import (
-    Tensor,
-    array,
-    block_numbers,
-    by_entries,
-    compiled,
-)
+from keras_curvature.backend import Tensor, array, block_numbers, by_entries, compiled
 from keras_curvature.estimators.estimate import Estimate
 from keras_curvature.estimators.moments import Moments
-from keras_curvature.estimators.products import block_sums, to_host, together
+from keras_curvature.estimators.products import (
+    block_products,
+    block_sums,
+    to_host,
+    together,
+)
 from keras_curvature.estimators.quadratic_forms import students_factor
 from keras_curvature.estimators.sampling import Samples
 
@@ -207,19 +207,15 @@ def summed(
         one of the parts has a single sample.
     """
     blocks, parts = len(block_sizes), [quiet, *noisy]
+    means, errors = [part.mean for part in parts], [part.error for part in parts]
     seen = bool(noisy) and all(part.count != 1 for part in parts)
     whole = any(part.whole for part in noisy)
     weights = np.full((len(noisy), blocks), 1 / max(len(noisy), 1))
     adjusted, common = _Adjusted.not_at_all(blocks), np.zeros((len(parts), blocks))
     if seen:
-        inner = _inner(block_sizes)
-        means = [part.mean for part in parts]
-        # One after the other: together they would take the memory of as many diagonals.
         sums = _Sums(
-            products=np.array(
-                [[to_host(inner(x, y)) for y in means] for x in means]
-            ).swapaxes(1, 2),
-            noise=np.array([to_host(inner(p.error, p.error)) for p in parts]).T,
+            products=_products(means, block_sizes),
+            noise=np.stack([block_products(e, e, block_sizes) for e in errors], 1),
             sizes=np.array(block_sizes),
             whole=whole,
         )
@@ -243,8 +239,8 @@ def summed(
     dtype = ops.dtype(quiet.mean)
     freedom = [max(part.count - 1, 0) for part in parts]
     value, error = _mixed(block_sizes)(
-        [part.mean for part in parts],
-        [part.error for part in parts],
+        means,
+        errors,
         array(np.stack(rows).astype(dtype)),
         array(np.array(freedom, dtype)),
     )
@@ -255,10 +251,14 @@ def summed(
     return Moments(trace, None, diagonal, num_matvecs)
 
 
-@functools.lru_cache(maxsize=64)
-def _inner(block_sizes: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compiles inner products of two diagonals by block: what weights depend on."""
-    return compiled(lambda x, y: block_sums((x * y)[None], block_sizes)[:, 0])
+def _products(means: Sequence[Tensor], block_sizes: tuple[int, ...]) -> _Array:
+    """`_Sums.products`: one pair after the other, which takes the memory of one."""
+    count = len(means)
+    products = np.zeros((count, len(block_sizes), count))
+    for i, j in itertools.combinations_with_replacement(range(count), 2):
+        products[i, :, j] = block_products(means[i], means[j], block_sizes)
+        products[j, :, i] = products[i, :, j]
+    return products
 
 
 @functools.lru_cache(maxsize=64)

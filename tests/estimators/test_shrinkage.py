@@ -33,7 +33,6 @@ class Truth:
 
     def _draw(self, mean, noise):
         def draw(start, width):
-            # Columns of them, so that the same numbers are drawn for any grouping.
             signs = self.rng.standard_normal((len(mean), width)).T
             return ops.cast(mean + noise * self.spread * signs, "float32")
 

@@ -162,28 +162,25 @@ _OPERATOR = """
         return (peak() - before) / (4 * size)
 """
 
+_SUBSPACE = """
+subspace = estimators.DominantSubspace(8)
+def work(A):
+    half = A.shape[0] // 2
+    for _ in range(2):
+        subspace.update(A, 12, block_sizes=(half, A.shape[0] - half))
+"""
+
 _TASKS = {
     # Q and HQ, 8 each; 4 products with fresh signs, and these in a byte each. The
     # directions and products of one group are on their way, twice where converted.
-    "subspace": (
-        "subspace = estimators.DominantSubspace(8)\n"
-        "def work(A):\n"
-        "    for _ in range(2): subspace.update(A, 12, block_sizes=(A.shape[0] // 2,"
-        " A.shape[0] - A.shape[0] // 2))",
-        2 * 8 + 4 + 1 + 16,
+    "subspace": (_SUBSPACE, 2 * 8 + 4 + 1 + 16),
+    # The same of a model so large that vectors are worked on one by one.
+    "subspace, one by one": (
+        "estimators.products._NUMBERS = 0\n" + _SUBSPACE,
+        2 * 8 + 4 + 1 + 4,
     ),
     # A basis of 20 and what is next, a product, and a direction on its way.
     "eigenvalues": ("def work(A): estimators.eigenvalues(A, 1, 1e-3)", 20 + 5),
-    # The same of a model so large that vectors are worked on one by one.
-    "subspace, one by one": (
-        "from keras_curvature.estimators import products\n"
-        "products._NUMBERS = 0\n"
-        "subspace = estimators.DominantSubspace(8)\n"
-        "def work(A):\n"
-        "    for _ in range(2): subspace.update(A, 12, block_sizes=(A.shape[0] // 2,"
-        " A.shape[0] - A.shape[0] // 2))",
-        2 * 8 + 4 + 1 + 4,
-    ),
     # Two Lanczos vectors instead of eight, and one product.
     "density": ("def work(A): estimators.spectral_density(A, 8, 1)", 2 + 6),
 }
