@@ -53,6 +53,7 @@ class Evaluation:
         self._made: dict[Any, Any] = {}
         self._held: State | None = None
         self._kept: tuple[Mean, ProbeData, Any] | None = None
+        self._seen: dict[Any, Any] = {}
         self._losses_seen: list[Tensor] = []
         self.mean_loss = self.mean_of(lambda state, batch: (loss(state, batch),) * 2)
 
@@ -84,6 +85,12 @@ class Evaluation:
             self._check_losses()
         finally:
             self._held, self._kept, self._losses_seen = None, None, []
+            self._seen = {}
+
+    def meanwhile(self, owner: Any) -> dict[Any, Any]:
+        """What an owner has seen within the present `still` context; it fills it."""
+        seen: dict[Any, Any] = {}
+        return seen if self._held is None else self._seen.setdefault(owner, seen)
 
     def beyond_rounding(self, limit: float) -> float:
         """A relative difference from which on something counts as different.

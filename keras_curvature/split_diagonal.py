@@ -177,6 +177,8 @@ class SplitMoments:
                 risks.append(
                     of_quiet.sum() + (_risk(of_mean, size) if shrink else of_mean.sum())
                 )
+        # They are as long as the diagonal, and not needed again.
+        operator.evaluation.meanwhile(SplitMoments).clear()
         best = choices[int(np.argmin(risks))]
         return tuple(sorted(best, key=lambda kind: float(noise[kind].sum())))
 
@@ -200,13 +202,18 @@ class SplitMoments:
     def _try(
         self, kind: str, operator: HessianOperator, quiet: Tensor | None = None
     ) -> estimators.Part:
-        """A few samples to choose by."""
+        """A few samples to choose by, which are drawn once."""
+        tried: dict[str, estimators.Part] = operator.evaluation.meanwhile(SplitMoments)
+        if kind in tried:
+            return tried[kind]
         count = min(max(_LEAST, math.ceil(_TELLING / sum(self._sizes))), _MOST_TRIED)
-        if kind == WHOLE:
-            # As many products as are compiled together.
-            count = estimators.GROUP
+        if kind in ("", WHOLE):
+            # As many as are compiled together.
+            count = math.ceil(count / estimators.GROUP) * estimators.GROUP
         samples = self._samples(kind, operator, 0, _CHOICE)
-        return samples.drawn(count, _Going(None, 0).with_price(0.0), quiet)
+        going = _Going(None, 0).with_price(0.0)
+        tried[kind] = samples.drawn(count, going, quiet)
+        return tried[kind]
 
     def _look_whether_chosen_still(
         self, shrink: bool, quiet: estimators.Part, noisy: list[estimators.Part]

@@ -63,6 +63,7 @@ on = _backend.on
 on_variables = _backend.on_variables
 outline = _backend.outline
 over_blocks = _backend.over_blocks
+parts = _backend.parts
 place_of = _backend.place_of
 placed = _backend.placed
 process = _backend.process
@@ -115,6 +116,7 @@ __all__ = [
     "on_variables",
     "outline",
     "over_blocks",
+    "parts",
     "place_of",
     "placed",
     "process",

@@ -25,7 +25,7 @@ Conventions:
 | `is_out_of_memory(error)` | whether an exception says that there was no memory left |
 | `examine(function, point)` | `Findings` about the gradient of a recorded function |
 | `gradient(function, point)` | `(loss, taps, {name: dense gradient})`, zeros where the loss does not depend on an entry |
-| `record(function, point)` | a `Recording`: derivatives that share one evaluation |
+| `record(function, point, last=())` | a `Recording`: derivatives that share one evaluation. What is named last is met at the end of the function, and products between such entries alone leave out what is before them |
 | `hold_cotangent(x)` | `x`, behind which the gradient counts as a constant for the next derivative |
 | `current_trace()` | what is being traced now, to compare with `is`/`==`: the body of a loop is a trace of its own, whose tensors cannot leave it |
 | `twice_differentiable()` | context in which second derivatives are right: around tracing *and* running |
@@ -34,6 +34,7 @@ Conventions:
 | `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
 | `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
 | `by_entries(function, *tensors)` | `function(*tensors)`, a list of tensors, where each entry along their last axis, which all have in common, depends on the same entry of the tensors alone: a few at a time where nothing puts operations together |
+| `parts(x, sizes)` | the blocks of the entries along the last axis of `x`, of these sizes, as a list |
 | `over_blocks(kind, rows, sizes)` | `(k, V)`: the `"sum"`, `"max"` or `"min"` of each of V consecutive blocks of the entries of `rows`, `(k, P)`; sums along many entries as exact as the framework's are along the last axis |
 | `block_numbers(sizes)` | `(P,)`, `int32`: the number of the block that each entry is in |
 | `signs(shape, key, dtype)` | independent random signs ±1 |
@@ -142,7 +143,11 @@ class Recording(Protocol):
 
     loss: Tensor
     taps: dict[Name, Tensor]
-    gradient: dict[Name, Tensor]
+
+    @property
+    def gradient(self) -> dict[Name, Tensor]:
+        """Computed when it is asked for first."""
+        ...
 
     def product(
         self, moved: Iterable[Name], wanted: Iterable[Name]

@@ -57,32 +57,42 @@ def gradient(
     function: _Recorded, point: Direction
 ) -> tuple[Tensor, dict[Name, Tensor], dict[Name, Tensor]]:
     """See the contract."""
-    recording = record(function, point)
-    return recording.loss, recording.taps, recording.gradient
+    # JAX would sort the names of dictionaries, which not all can be.
+    names: list[Name] = []
+
+    def of_values(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        loss, taps = function(dict(zip(point, values, strict=True)))
+        names[:] = taps
+        return loss, list(taps.values())
+
+    differentiated = jax.value_and_grad(of_values, has_aux=True)
+    (loss, taps), parts = differentiated(list(point.values()))
+    return (
+        loss,
+        dict(zip(names, taps, strict=True)),
+        dict(zip(point, parts, strict=True)),
+    )
 
 
 class record:
     """See the contract: a `Recording`, forward mode over reverse mode.
 
-    Each derivative traces the function anew. XLA sees that the evaluations are the
-    same, and keeps one.
+    Each derivative traces the function anew, by what it is asked for alone. XLA sees
+    that the evaluations are the same, and keeps one.
     """
 
-    def __init__(self, function: _Recorded, point: Direction) -> None:
+    def __init__(
+        self, function: _Recorded, point: Direction, last: Iterable[Name] = ()
+    ) -> None:
+        del last
         self._function = function
         self._point = dict(point)
-        # JAX would sort the names of dictionaries, which not all can be.
-        names: list[Name] = []
+        self.loss, self.taps = function(self._point)
 
-        def of_values(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            loss, taps = function(dict(zip(self._point, values, strict=True)))
-            names[:] = taps
-            return loss, list(taps.values())
-
-        differentiated = jax.value_and_grad(of_values, has_aux=True)
-        (self.loss, taps), parts = differentiated(list(self._point.values()))
-        self.taps = dict(zip(names, taps, strict=True))
-        self.gradient = dict(zip(self._point, parts, strict=True))
+    @functools.cached_property
+    def gradient(self) -> dict[Name, Tensor]:
+        """See the contract."""
+        return gradient(self._function, self._point)[2]
 
     def product(
         self, moved: Iterable[Name], wanted: Iterable[Name]
@@ -450,6 +460,11 @@ _OVER_BLOCKS: dict[str, tuple[Callable[..., Tensor], float, Callable[..., Tensor
 def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
     """See the contract: what is compiled goes entry by entry as it is."""
     return function(*tensors)
+
+
+def parts(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """See the contract."""
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:

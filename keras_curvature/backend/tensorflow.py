@@ -67,14 +67,54 @@ def gradient(
 
 
 def record(
-    function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]], point: Direction
+    function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]],
+    point: Direction,
+    last: Iterable[Name] = (),
 ) -> Recording:
     """See the contract.
 
     By tape over tape: every product costs one more backward pass (about 1.35
     gradients, where a lone product costs 2 to 2.4).
     """
-    return _Recording(function, point)
+    return _Recording(function, point, last)
+
+
+class _Tapes:
+    """A tape over a tape that watch the same entries of a point.
+
+    A tape goes back as far as it has watched, whatever is asked for.
+
+    Args:
+        sources: the entries.
+    """
+
+    def __init__(self, sources: dict[Name, Tensor]) -> None:
+        self.sources = sources
+        self.outer = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+        self.inner = tf.GradientTape(watch_accessed_variables=False)
+        self._slopes: dict[Name, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context whose operations they record."""
+        with self.outer, self.inner:
+            self.outer.watch(list(self.sources.values()))
+            self.inner.watch(list(self.sources.values()))
+            yield
+
+    def slopes(self, loss: Tensor) -> dict[Name, Tensor]:
+        """The gradient by what the loss depends on, under the outer tape's eyes."""
+        if self._slopes is None:
+            with self.outer:
+                parts = self.inner.gradient(loss, list(self.sources.values()))
+                # A gather's gradient is a sparse `IndexedSlices`, which cannot be
+                # paired with a direction: make it dense.
+                self._slopes = {
+                    name: tf.convert_to_tensor(part)
+                    for name, part in zip(self.sources, parts, strict=True)
+                    if part is not None
+                }
+        return self._slopes
 
 
 class _Recording:
@@ -84,27 +124,23 @@ class _Recording:
         self,
         function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]],
         point: Direction,
+        last: Iterable[Name],
     ) -> None:
         self._point = _own(point)
-        sources = list(self._point.values())
-        self._outer = tf.GradientTape(persistent=True, watch_accessed_variables=False)
-        with self._outer:
-            with tf.GradientTape(watch_accessed_variables=False) as inner:
-                self._outer.watch(sources)
-                inner.watch(sources)
-                self.loss, self.taps = function(self._point)
-            parts = dict(zip(point, inner.gradient(self.loss, sources), strict=True))
-            # A gather's gradient is a sparse `IndexedSlices`, which cannot be
-            # paired with a direction: make it dense while the outer tape looks on.
-            self._connected = {
-                name: tf.convert_to_tensor(part)
-                for name, part in parts.items()
-                if part is not None
-            }
-        self.gradient = {
-            name: self._connected[name]
-            if name in self._connected
-            else tf.zeros_like(source)
+        self._tapes = _Tapes(self._point)
+        self._last = _Tapes({name: self._point[name] for name in last})
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._tapes.watching())
+            if self._last.sources:
+                stack.enter_context(self._last.watching())
+            self.loss, self.taps = function(self._point)
+
+    @functools.cached_property
+    def gradient(self) -> dict[Name, Tensor]:
+        """See the contract."""
+        slopes = self._tapes.slopes(self.loss)
+        return {
+            name: slopes[name] if name in slopes else tf.zeros_like(source)
             for name, source in self._point.items()
         }
 
@@ -114,16 +150,21 @@ class _Recording:
         """See the contract."""
         # With `output_gradients` the tape returns Σ_i v_i ∂g_i/∂θ = Hv. Without, it
         # would return the row sums of H, which are often mistaken for its diagonal.
-        return self._backward({n: self._connected.get(n) for n in moved}, wanted)
+        moved, wanted = list(moved), list(wanted)
+        last = {*moved, *wanted} <= set(self._last.sources)
+        tapes = self._last if last else self._tapes
+        slopes = tapes.slopes(self.loss)
+        return self._backward(tapes, {name: slopes.get(name) for name in moved}, wanted)
 
     def pull_back(
         self, taps: Iterable[Name], wanted: Iterable[Name]
     ) -> Callable[[Direction], dict[Name, Tensor]]:
         """See the contract."""
-        return self._backward({name: self.taps[name] for name in taps}, wanted)
+        targets = {name: self.taps[name] for name in taps}
+        return self._backward(self._tapes, targets, wanted)
 
     def _backward(
-        self, targets: dict[Name, Tensor | None], wanted: Iterable[Name]
+        self, tapes: _Tapes, targets: dict[Name, Tensor | None], wanted: Iterable[Name]
     ) -> Callable[[Direction], dict[Name, Tensor]]:
         sources = {name: self._point[name] for name in wanted}
 
@@ -132,7 +173,7 @@ class _Recording:
             if not pairs or not sources:
                 return {name: tf.zeros_like(s) for name, s in sources.items()}
             with _missing_derivatives_named():
-                parts = self._outer.gradient(
+                parts = tapes.outer.gradient(
                     [t for t, _ in pairs],
                     list(sources.values()),
                     output_gradients=[w for _, w in pairs],
@@ -498,14 +539,19 @@ def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[
     ]
 
 
+def parts(x: Tensor, sizes: Sequence[Any]) -> list[Tensor]:
+    """See the contract: one operation, where each slice would be five of a graph."""
+    return list(tf.split(x, list(sizes), axis=-1))
+
+
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """See the contract.
 
     Along the last axis TensorFlow adds in a tree. Along the first one it adds one
     number after the other, and is off by 2 to 9 % after 10^7 in float32.
     """
-    parts = tf.split(rows, list(sizes), axis=1)
-    return tf.stack([_OVER_BLOCKS[kind](part, axis=1) for part in parts], axis=1)
+    blocks = [_OVER_BLOCKS[kind](part, axis=1) for part in parts(rows, sizes)]
+    return tf.stack(blocks, axis=1)
 
 
 def block_numbers(sizes: Sequence[int]) -> Tensor:

@@ -336,10 +336,15 @@ def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[
     return results
 
 
+def parts(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """See the contract."""
+    return list(torch.split(x, list(sizes), dim=-1))
+
+
 def over_blocks(kind: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """See the contract."""
-    parts = torch.split(rows, list(sizes), dim=1)
-    return torch.stack([_OVER_BLOCKS[kind](part, dim=1) for part in parts], dim=1)
+    blocks = [_OVER_BLOCKS[kind](part, dim=1) for part in parts(rows, sizes)]
+    return torch.stack(blocks, dim=1)
 
 
 def block_numbers(sizes: Sequence[int]) -> Tensor:

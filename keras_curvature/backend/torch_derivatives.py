@@ -5,6 +5,7 @@ here is detached from it.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,28 +39,52 @@ def gradient(
 class record:
     """See the contract: a `Recording`, by double backward.
 
-    The graph of the gradient lives as long as the recording and the functions that it
-    returned. Each call of one is a backward pass through it.
+    The graphs of the loss, and of the gradient once that is asked for, live as long as
+    the recording and the functions that it returned. Each call of one is a backward
+    pass.
     """
 
     def __init__(
         self,
         function: Callable[[Direction], tuple[Tensor, dict[Name, Tensor]]],
         point: Direction,
+        last: Iterable[Name] = (),
     ) -> None:
+        self._last = set(last)
         with _building_graphs():
             self._sources = _leaves(point)
-            loss, self._taps = function(dict(self._sources))
-            self._slopes = _backward([loss], None, self._sources, create_graph=True)
-        self.loss = loss.detach()
+            self._loss, self._taps = function(dict(self._sources))
+        self.loss = self._loss.detach()
         self.taps = detached(self._taps)
-        self.gradient = detached(_dense(self._slopes, self._sources))
+
+    @functools.cached_property
+    def gradient(self) -> dict[Name, Tensor]:
+        """See the contract."""
+        gradient: dict[Name, Tensor] = detached(_dense(self._slopes, self._sources))
+        return gradient
+
+    @functools.cached_property
+    def _slopes(self) -> dict[Name, Tensor | None]:
+        """The gradient, with the graph that it was computed by."""
+        return self._slopes_by(self._sources)
+
+    @functools.cached_property
+    def _last_slopes(self) -> dict[Name, Tensor | None]:
+        """The same by what is met last, which is soon reached."""
+        return self._slopes_by({name: self._sources[name] for name in self._last})
+
+    def _slopes_by(self, sources: dict[Name, Tensor]) -> dict[Name, Tensor | None]:
+        with _building_graphs():
+            return _backward([self._loss], None, sources, create_graph=True)
 
     def product(
         self, moved: Iterable[Name], wanted: Iterable[Name]
     ) -> Callable[[Direction], dict[Name, Tensor]]:
         """See the contract."""
-        return self._carried({name: self._slopes[name] for name in moved}, wanted)
+        moved, wanted = list(moved), list(wanted)
+        last = {*moved, *wanted} <= self._last
+        slopes = self._last_slopes if last else self._slopes
+        return self._carried({name: slopes[name] for name in moved}, wanted)
 
     def pull_back(
         self, taps: Iterable[Name], wanted: Iterable[Name]

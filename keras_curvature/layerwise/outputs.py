@@ -68,12 +68,10 @@ class OutputSpace:
 
     def parted(self, flat: Tensor) -> dict[Name, Tensor]:
         """`(N, C)` as a direction at the outputs."""
-        ends = np.cumsum(self._sizes)
+        parts = backend.parts(flat, self._sizes)
         return {
-            name: ops.reshape(flat[:, end - size : end], ops.shape(shift))
-            for name, shift, size, end in zip(
-                self.names, self._shifts, self._sizes, ends.tolist(), strict=True
-            )
+            name: ops.reshape(part, ops.shape(shift))
+            for name, shift, part in zip(self.names, self._shifts, parts, strict=True)
         }
 
     def joined(self, parts: dict[Name, Tensor]) -> Tensor:

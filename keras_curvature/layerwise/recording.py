@@ -158,14 +158,12 @@ def random_like(
     shapes = {name: ops.shape(tensor) for name, tensor in tensors.items()}
     # The widest: "float64" is behind "float32".
     dtype = max(keras.backend.standardize_dtype(t.dtype) for t in tensors.values())
-    drawn = draw((sum(map(math.prod, shapes.values())),), key, dtype)
-    parts, start = {}, 0
-    for name, tensor in tensors.items():
-        end = start + math.prod(shapes[name])
-        part = ops.reshape(drawn[start:end], shapes[name])
-        parts[name] = ops.cast(part, tensor.dtype)
-        start = end
-    return parts
+    sizes = list(map(math.prod, shapes.values()))
+    parts = backend.parts(draw((sum(sizes),), key, dtype), sizes)
+    return {
+        name: ops.cast(ops.reshape(part, shapes[name]), tensor.dtype)
+        for part, (name, tensor) in zip(parts, tensors.items(), strict=True)
+    }
 
 
 class LayerRecording:
@@ -191,7 +189,7 @@ class LayerRecording:
         axes: of each variable.
         point: what is differentiated by: direct variables by number, zero shifts by
             place or statistic.
-        loss, taps, gradient, product, pull_back: those of the backend's `Recording`.
+        loss, taps, product, pull_back: those of the backend's `Recording`.
     """
 
     def __init__(
@@ -221,16 +219,16 @@ class LayerRecording:
             name: ops.zeros(s.shape, s.dtype)
             for name, s in structure.statistics.items()
         }
-        recording = backend.record(loss, self.point)
+        last = structure.outputs if outputs else ()
+        recording = backend.record(loss, self.point, last)
         self.loss, self.taps = recording.loss, recording.taps
-        self.gradient = recording.gradient
         #: Where the statistics move as they do.
         self._whole = recording
         if structure.statistics:
             given = {name: self.taps[name] for name in structure.statistics}
-            slopes = {name: self.gradient[name] for name in given}
+            slopes = {name: recording.gradient[name] for name in given}
             recording = backend.record(
-                _lagrangian(lambda point: loss(point, given), slopes), self.point
+                _lagrangian(lambda point: loss(point, given), slopes), self.point, last
             )
         self.product, self.pull_back = recording.product, recording.pull_back
         self._paths = {use.place: use.paths(self.taps) for use in structure.uses}

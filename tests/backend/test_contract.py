@@ -228,6 +228,54 @@ def test_product_with_parts_of_the_point():
             assert_close(parts[n], ops.convert_to_numpy(expected[n]), scale=1)
 
 
+@pytest.mark.parametrize("last", [["bias"], ["bias", "kernel"]])
+def test_products_with_what_is_met_last(last):
+    """Are what they are otherwise, together with others too."""
+    case, (*_, hessian, _) = FUNCTIONS["tanh_net"], truth("tanh_net")
+    v = numbers(len(hessian), seed=9)
+    blocks = [(last, last), (case.point, last), (last, case.point)]
+
+    def products(point, v):
+        recording = backend.record(case.recorded, point, last)
+        return [
+            recording.product(moved, wanted)({n: v[n] for n in moved})
+            for moved, wanted in blocks
+        ]
+
+    found = backend.compiled(products)(
+        tensors(case.point), tensors(unflat(v, case.point))
+    )
+    for (moved, wanted), parts in zip(blocks, arrays(found), strict=True):
+        masked = {n: x * (n in moved) for n, x in unflat(v, case.point).items()}
+        expected = unflat(hessian @ flat(arrays(masked)), case.point)
+        for n in wanted:
+            assert_close(parts[n], ops.convert_to_numpy(expected[n]), scale=1)
+
+
+def test_what_is_before_the_last_is_not_differentiated_for_it():
+    """Nor at all, if only taps are pulled back."""
+
+    @ops.custom_gradient
+    def before(x):
+        def gradient(*args, upstream=None):
+            raise AssertionError("differentiated")
+
+        return 2 * x, gradient
+
+    def function(p):
+        met = before(p["first"]) + p["shift"]
+        return ops.sum(met**3), {"met": met, "shift": 3 * p["shift"]}
+
+    x = backend.array(np.array([1.0, 2.0]))
+    recording = backend.record(function, {"first": x, "shift": x}, ["shift"])
+    product = recording.product(["shift"], ["shift"])({"shift": x})
+    assert_close(ops.convert_to_numpy(product["shift"]), 6 * 3 * np.array([1.0, 4.0]))
+    pulled = recording.pull_back(["shift"], ["shift"])({"shift": x})
+    assert_close(ops.convert_to_numpy(pulled["shift"]), [3.0, 6.0])
+    with pytest.raises(AssertionError, match="differentiated"):
+        recording.gradient  # noqa: B018
+
+
 def test_pull_back_of_several_taps_to_part_of_the_point():
     case, (*_, jacobians) = FUNCTIONS["tanh_net"], truth("tanh_net")
     w = {
@@ -649,6 +697,17 @@ def test_what_is_not_a_number_stays_in_its_block():
 def test_sums_over_empty_blocks():
     sums = backend.over_blocks("sum", backend.array([[1.0, 2.0]], "float32"), (0, 2, 0))
     np.testing.assert_array_equal(ops.convert_to_numpy(sums), [[0, 3, 0]])
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 0, 1, 4), (0, 2), (1, 0)])
+def test_parts(sizes):
+    x = np.arange(2 * sum(sizes), dtype="float32").reshape(2, -1)
+    for rows in (x, x[0]):
+        found = backend.parts(backend.array(rows), sizes)
+        expected = np.split(rows, np.cumsum(sizes)[:-1], axis=-1)
+        for one, other in zip(found, expected, strict=True):
+            assert is_of(one, other.shape, "float32")
+            np.testing.assert_array_equal(ops.convert_to_numpy(one), other)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 0, 1, 4), (0, 2), (1, 0)])

@@ -60,17 +60,15 @@ def patches(
         (n + sum(p) - e) // s + 1
         for n, p, e, s in zip(sizes, pads, span, strides, strict=True)
     ]
-    taken = [x]
     for axis in range(rank):
-        # One slice for each kernel position along the axis, then the next axis.
+        # A slice for each kernel position along the axis; a new axis counts them.
         taken = [
-            _strided(t, axis + 1, j * dilation[axis], counts[axis], strides[axis])
-            for t in taken
+            _strided(x, axis + 1, j * dilation[axis], counts[axis], strides[axis])
             for j in range(kernel_size[axis])
         ]
-    stacked = ops.stack(taken, axis=rank + 1)
+        x = ops.stack(taken, axis=rank + axis + 1)
     n, channels = ops.shape(x)[0], x.shape[-1]
-    return ops.reshape(stacked, (n, _product(counts), len(taken), channels))
+    return ops.reshape(x, (n, _product(counts), _product(kernel_size), channels))
 
 
 def _strided(x: Tensor, axis: int, start: int, count: Any, stride: int) -> Tensor:
@@ -124,7 +122,11 @@ def _kernel_path(
         moved = ops.moveaxis(products, -3, -2)
         return ops.reshape(moved, lead + list(kernel.shape))
 
-    return OuterProduct(kernel, inputs, rows, columns, arrange, matrix=groups == 1)
+    channels = inputs.shape[1 if layer.data_format == "channels_first" else -1]
+    width = _product(geometry[0]) * (channels // groups)
+    return OuterProduct(
+        kernel, inputs, rows, columns, arrange, width, groups, matrix=groups == 1
+    )
 
 
 def _pixels(layer: Any, v: Tensor, groups: int) -> Tensor:
@@ -247,6 +249,7 @@ class ConvTransposeRule(LayerRule):
             lambda x: _pixels(layer, x, 1),
             columns,
             arrange,
+            layer.kernel.shape[-1],
             copies=True,
         )
         return [kernel, *_bias(layer)]

@@ -39,7 +39,8 @@ class DenseRule(LayerRule):
             inputs,
             as_positions,
             as_positions,
-            lambda w: w[..., 0, :, :],
+            lambda w: ops.squeeze(w, -3),
+            layer.kernel.shape[0],
             matrix=True,
         )
         return [kernel, *bias_path(layer)]

@@ -69,6 +69,8 @@ class EinsumDenseRule(LayerRule):
             lambda x: _grouped(x, a, positions, groups, rows),
             lambda v: _grouped(v, out, positions, groups, columns),
             arrange,
+            math.prod(size[i] for i in rows),
+            math.prod(size[i] for i in groups),
             matrix=not groups and rows + columns == list(w),
         )
         if layer.bias is None:

@@ -66,7 +66,11 @@ class ReversibleEmbeddingRule(EmbeddingRule):
             return ops.swapaxes(kernel, -1, -2) if layer.tie_weights else kernel
 
         table = layer.embeddings if layer.tie_weights else layer.reverse_embeddings
-        return [OuterProduct(table, inputs, as_positions, as_positions, arrange)]
+        return [
+            OuterProduct(
+                table, inputs, as_positions, as_positions, arrange, inputs.shape[-1]
+            )
+        ]
 
 
 # Older versions of Keras lack it.

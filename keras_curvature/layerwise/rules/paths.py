@@ -43,6 +43,8 @@ class OuterProduct:
         columns: function from (a chunk of) output directions to factors
             `(N, T, G, O)`.
         arrange: function from `(..., G, I, O)` to `(..., *variable.shape)`.
+        width: I, the inputs of a unit.
+        groups: G.
         copies: whether `columns` repeats or drops entries (a transposed
             convolution) instead of rearranging them.
         matrix: whether `arrange` keeps the order of entries and there is one group:
@@ -56,6 +58,8 @@ class OuterProduct:
         rows: Callable[[Tensor], Tensor],
         columns: Callable[[Tensor], Tensor],
         arrange: Callable[[Tensor], Tensor],
+        width: int,
+        groups: int = 1,
         copies: bool = False,
         matrix: bool = False,
     ):
@@ -66,12 +70,14 @@ class OuterProduct:
         self._rows = rows
         self._columns = columns
         self._arrange = arrange
+        self._width = width
+        self._groups = groups
 
     def in_axes(self, axes: Axes) -> Any:
         """The path to the variable's coordinates in axes of its sides."""
         sizes = self.variable.shape
-        inputs = self._rows(self.inputs[:1]).shape[-1] if self._matrix else None
-        if axes is None or inputs != as_matrix(sizes, axes)[0]:
+        split = self._matrix and as_matrix(sizes, axes)[0] == self._width
+        if axes is None or not split:
             return InAxes(self, axes)
         left, right = axes
 
@@ -86,6 +92,7 @@ class OuterProduct:
             lambda x: times(self._rows(x), left),
             lambda v: times(self._columns(v), right),
             self._arrange,
+            self._width,
         )
 
     def _outer(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -149,15 +156,16 @@ class OuterProduct:
         return self._arrange(product[:, :, None] * unit[:, None, :])
 
     def _chunk_size(self, v: Tensor) -> int:
-        rows = self._rows(self.inputs[:1]).shape
-        columns = self._columns(v[:1]).shape
-        if rows[1] == 1:
-            return int(v.shape[0] or CHUNK_ELEMENTS)
-        if None in rows[1:] or None in columns[1:]:
+        # Known without running `rows`, which would take operations in a graph.
+        inputs, entries = self._groups * self._width, math.prod(self.variable.shape)
+        outputs = entries // self._width
+        given, size = (self.inputs, inputs) if self.copies else (v, outputs)
+        if None in given.shape[1:]:
             return 1
-        positions, groups, i = rows[1:]
-        o = columns[-1]
-        elements = groups * (i * o + positions * (i + o))
+        positions = math.prod(given.shape[1:]) // size
+        if positions == 1:
+            return int(v.shape[0] or CHUNK_ELEMENTS)
+        elements = entries + positions * (inputs + outputs)
         return int(max(1, CHUNK_ELEMENTS // elements))
 
 
