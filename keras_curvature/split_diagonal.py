@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,9 +161,10 @@ class SplitMoments:
             for kind in dict.fromkeys(itertools.chain(*choices))
         }
         # Of one product, and of a backward pass.
-        noise = {kind: p.count * self._by_block(p.error) for kind, p in tried.items()}
-        of_g = g.count * self._by_block(g.error)
-        means = [p.mean - (g.mean if p.whole else 0.0) for p in tried.values()]
+        noise, of_g = {kind: one.noise for kind, one in tried.items()}, g.noise
+        means = [
+            one.mean - (g.mean if kind == WHOLE else 0.0) for kind, one in tried.items()
+        ]
         # The product of independent samples is the square of what they are samples of.
         pairs = [self._by_block(x, y) for x, y in itertools.combinations(means, 2)]
         size = np.maximum(_SHARE * self._by_block(g.mean), np.median(pairs, axis=0))
@@ -201,9 +203,9 @@ class SplitMoments:
 
     def _try(
         self, kind: str, operator: HessianOperator, quiet: Tensor | None = None
-    ) -> estimators.Part:
+    ) -> "_Tried":
         """A few samples to choose by, which are drawn once."""
-        tried: dict[str, estimators.Part] = operator.evaluation.meanwhile(SplitMoments)
+        tried: dict[str, _Tried] = operator.evaluation.meanwhile(SplitMoments)
         if kind in tried:
             return tried[kind]
         count = min(max(_LEAST, math.ceil(_TELLING / sum(self._sizes))), _MOST_TRIED)
@@ -212,7 +214,9 @@ class SplitMoments:
             count = math.ceil(count / estimators.GROUP) * estimators.GROUP
         samples = self._samples(kind, operator, 0, _CHOICE)
         going = _Going(None, 0).with_price(0.0)
-        tried[kind] = samples.drawn(count, going, quiet)
+        part = samples.drawn(count, going, quiet)
+        # No more of it: each vector counts in a large model.
+        tried[kind] = _Tried(part.mean, part.count * part.noise(self._sizes))
         return tried[kind]
 
     def _look_whether_chosen_still(
@@ -225,7 +229,7 @@ class SplitMoments:
         size = self._by_block(quiet.mean).sum()
         if not size > 0:
             return
-        noise = sum(part.count * self._by_block(part.error).sum() for part in known)
+        noise = sum(part.count * part.noise(self._sizes).sum() for part in known)
         now = float(noise / len(known) / size)
         then = self._noise.setdefault(shrink, now)
         if not then / _CHANGED <= now <= then * _CHANGED:
@@ -271,6 +275,13 @@ def _of_whole(
     with products.working():
         signs = products.signs(key, start, width)
         return signs * products.rows(signs)
+
+
+class _Tried(NamedTuple):
+    """What a few samples showed: their mean, and the noise of one of them by block."""
+
+    mean: Tensor
+    noise: _Array
 
 
 class _Going:

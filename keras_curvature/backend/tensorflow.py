@@ -515,28 +515,39 @@ def by_entries(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[
     size = tensors[0].shape[-1] if tensors[0].shape.rank else 1
     if size is None or size <= _ENTRIES:
         return function(*tensors)
-    count, rest = divmod(size, _ENTRIES)
 
-    def part(start: Any, width: int) -> list[Tensor]:
-        return function(*(x[..., start : start + width] for x in tensors))
+    def chunk(start: Any) -> list[Tensor]:
+        found = function(*(x[..., start : start + _ENTRIES] for x in tensors))
+        return [_first_last(x, -1) for x in found]
 
-    def chunk(i: Tensor) -> list[Tensor]:
-        return part(i * _ENTRIES, _ENTRIES)
+    def body(i: Tensor, *arrays: Any) -> list[Any]:
+        found = zip(arrays, chunk(i * _ENTRIES), strict=True)
+        return [i + 1, *(array.write(i, x) for array, x in found)]
 
-    results = [
-        # From (chunks, …, entries) to (…, all entries).
-        tf.reshape(
-            tf.transpose(x, [*range(1, x.shape.rank - 1), 0, x.shape.rank - 1]),
-            [*x.shape[1:-1], count * _ENTRIES],
-        )
-        for x in loop_range(chunk, count)
+    first = chunk(0)
+    arrays = [
+        tf.TensorArray(
+            x.dtype,
+            -(-size // _ENTRIES),
+            infer_shape=False,
+            element_shape=[None] * x.shape.rank,
+        ).write(0, x)
+        for x in first
     ]
-    if not rest:
-        return results
-    return [
-        tf.concat(pair, axis=-1)
-        for pair in zip(results, part(count * _ENTRIES, rest), strict=True)
-    ]
+    _, *arrays = tf.while_loop(
+        lambda i, *_: i * _ENTRIES < size, body, [1, *arrays], parallel_iterations=1
+    )
+    # The last one is shorter: side by side in one go, they are copied but once.
+    results = [_first_last(array.concat(), 1) for array in arrays]
+    for result, x in zip(results, first, strict=True):
+        result.set_shape([*x.shape[1:], size])
+    return results
+
+
+def _first_last(x: Tensor, shift: int) -> Tensor:
+    """The last axis as the first one (−1), or the first one as the last (1)."""
+    axes = range(x.shape.rank)
+    return x if len(axes) == 1 else tf.transpose(x, np.roll(axes, -shift))
 
 
 def parts(x: Tensor, sizes: Sequence[Any]) -> list[Tensor]:

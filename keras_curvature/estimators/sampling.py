@@ -39,20 +39,21 @@ class Samples:
     Attributes:
         count: number of samples so far.
         means: dictionary of means, tensors on the device.
+        spreads: of sums of squared deviations from them.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.means: dict[str, Tensor] = {}
-        self._spreads: dict[str, Tensor] = {}
+        self.spreads: dict[str, Tensor] = {}
 
     def add(self, samples: Mapping[str, Tensor], width: int) -> None:
         """Takes in `width` samples of each figure, along the first axis."""
         if not self.count:
             self.means = {name: ops.zeros_like(x[0]) for name, x in samples.items()}
-            self._spreads = dict(self.means)
-        self.means, self._spreads = _extended(width)(
-            self.means, self._spreads, array(self.count, wide_float()), dict(samples)
+            self.spreads = dict(self.means)
+        self.means, self.spreads = _extended(width)(
+            self.means, self.spreads, array(self.count, wide_float()), dict(samples)
         )
         self.count += width
 
@@ -60,13 +61,13 @@ class Samples:
         """Standard error of the mean, `None` from a single sample."""
         if self.count < 2:
             return None
-        return ops.sqrt(self._spreads[name] / (self.count * (self.count - 1)))
+        return ops.sqrt(self.spreads[name] / (self.count * (self.count - 1)))
 
     def relative_standard_error(self, name: str) -> float:
         """`‖standard error‖ / ‖mean‖`, infinite from a single sample."""
         if self.count < 2:
             return math.inf
-        norms = _norms(self.means[name], self._spreads[name])
+        norms = _norms(self.means[name], self.spreads[name])
         error, mean = (float(n) for n in norms)
         return ratio(error / math.sqrt(self.count * (self.count - 1)), mean)
 

@@ -86,7 +86,8 @@ class Part:
 
     Attributes:
         mean: tensor `(P,)`.
-        error: standard error of each entry, tensor `(P,)`; zero if it is exact.
+        spread: sum of squared deviations of the samples from it, tensor `(P,)`; zero
+            if it is exact.
         count: number of samples; 0 for an exact part.
         traces: their sums over each block, `(count, blocks)`; `(1, blocks)` if exact.
         slopes: their inner products with g in each block over `‖g‖²`, `(count,
@@ -95,11 +96,22 @@ class Part:
     """
 
     mean: Tensor
-    error: Tensor
+    spread: Tensor
     count: int
     traces: _Array
     slopes: _Array
     whole: bool = False
+
+    @property
+    def squared_error(self) -> float:
+        """That of the mean, over the spread."""
+        return 1 / (self.count * (self.count - 1)) if self.count > 1 else 0.0
+
+    def noise(self, block_sizes: tuple[int, ...]) -> _Array:
+        """Squared errors of the mean by block, `(blocks,)`."""
+        spread = to_host(block_sums(self.spread[None], block_sizes))[:, 0]
+        noise: _Array = self.squared_error * spread
+        return noise
 
 
 def exact_part(diagonal: Tensor, block_sizes: tuple[int, ...]) -> Part:
@@ -156,10 +168,9 @@ class PartSamples:
                 self._slopes.append(to_host(figures["slopes"]).T)
             if not going(width):
                 break
-        mean, error = samples.means["diagonal"], samples.standard_error("diagonal")
         return Part(
-            mean,
-            ops.zeros_like(mean) if error is None else error,
+            samples.means["diagonal"],
+            samples.spreads["diagonal"],
             samples.count,
             np.concatenate(self._traces),
             np.concatenate(self._slopes) if self._slopes else np.zeros((0, 0)),
@@ -207,7 +218,7 @@ def summed(
         one of the parts has a single sample.
     """
     blocks, parts = len(block_sizes), [quiet, *noisy]
-    means, errors = [part.mean for part in parts], [part.error for part in parts]
+    means = [part.mean for part in parts]
     seen = bool(noisy) and all(part.count != 1 for part in parts)
     whole = any(part.whole for part in noisy)
     weights = np.full((len(noisy), blocks), 1 / max(len(noisy), 1))
@@ -215,7 +226,7 @@ def summed(
     if seen:
         sums = _Sums(
             products=_products(means, block_sizes),
-            noise=np.stack([block_products(e, e, block_sizes) for e in errors], 1),
+            noise=np.stack([part.noise(block_sizes) for part in parts], 1),
             sizes=np.array(block_sizes),
             whole=whole,
         )
@@ -238,11 +249,12 @@ def summed(
     ]
     dtype = ops.dtype(quiet.mean)
     freedom = [max(part.count - 1, 0) for part in parts]
+    squared_errors = [part.squared_error for part in parts]
     value, error = _mixed(block_sizes)(
         means,
-        errors,
+        [part.spread for part in parts],
         array(np.stack(rows).astype(dtype)),
-        array(np.array(freedom, dtype)),
+        array(np.array([freedom, squared_errors], dtype)),
     )
     least = min([n for n in freedom if n], default=1)
     error = error * students_factor(least + _COMMON)
@@ -266,9 +278,9 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
     """Compiles the diagonal and its error from numbers for each block."""
 
     def mixed(
-        means: list[Tensor], errors: list[Tensor], rows: Tensor, degrees: Tensor
+        means: list[Tensor], spreads: list[Tensor], rows: Tensor, of_parts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = len(means)
+        count, degrees, squared_errors = len(means), of_parts[0], of_parts[1]
         # Noise, and what is missed, is partly the same in all entries of a block, and
         # goes partly with g: of g itself all of it does.
         sizes = _mean_squares(ops.square(means[0]), block_sizes)
@@ -285,11 +297,11 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
             shares = [kept * share for share in shares]
             shares[0] = shares[0] + (1 + slope) * (1 - kept)
             value, variance = 0.0, 0.0
-            for i, (mean, error) in enumerate(
+            for i, (mean, spread) in enumerate(
                 zip(parts[:count], parts[count:], strict=True)
             ):
                 usual = common[i] * (shape if i else squares)
-                moderated = degrees[i] * ops.square(error) + _COMMON * usual
+                moderated = degrees[i] * squared_errors[i] * spread + _COMMON * usual
                 moderated = moderated / (degrees[i] + _COMMON)
                 value = value + shares[i] * mean
                 variance = variance + ops.square(shares[i]) * moderated
@@ -298,7 +310,7 @@ def _mixed(block_sizes: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]]
             return [value, ops.sqrt(variance)]
 
         value, error = by_entries(
-            of_entries, block_numbers(block_sizes), *means, *errors
+            of_entries, block_numbers(block_sizes), *means, *spreads
         )
         return value, error
 
