@@ -1,7 +1,8 @@
 """What compilation, products and probes cost on networks of real size.
 
-Each network runs on each backend in a process of its own. The first step of `fit`, the
-first product, update and probe include their compilation; all other
+Each network runs on each backend in two processes of its own: products and updates,
+and probes. The first step of `fit`, the first product, update and probe include their
+compilation; all other
 figures are medians of what follows. The update of a kept subspace with twelve products
 is measured in seconds of the processor, all cores together, which other load
 disturbs less: in gradients, and what all but its products takes, as a
@@ -9,7 +10,7 @@ share of them.
 
     python benchmarks/large_models.py                     # all
     python benchmarks/large_models.py ResNet-50 jax       # one
-    python benchmarks/large_models.py --products          # without probes
+    python benchmarks/large_models.py --products          # or --probes, alone
 
 Rows are kept until they are measured anew, and have the date of that.
 """
@@ -111,19 +112,30 @@ def run(networks=tuple(NETWORKS), backends=BACKENDS, options=()):
     """
     for network in networks:
         for backend in backends:
-            done = subprocess.run(
-                [sys.executable, __file__, "--work", network, *options],
-                env={**os.environ, "KERAS_BACKEND": backend},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            row = {"network": network, "backend": backend}
-            if done.returncode == 0:
-                row |= json.loads(done.stdout.splitlines()[-1])
-            else:
-                row["ended with"] = done.returncode
+            row = {
+                "network": network,
+                "backend": backend,
+                "date": time.strftime("%Y-%m-%d"),
+            }
+            for part in ("--products", "--probes"):
+                if part in options or not options:
+                    row |= _apart(part, network, backend)
             print(row, flush=True)
             yield row
+
+
+def _apart(part, network, backend):
+    """A part of a row, from a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--work", part, network],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        return {f"{part[2:]} ended with": done.returncode}
+    figures: dict = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def before():
@@ -132,11 +144,9 @@ def before():
     return json.loads(path.read_text())["results"] if path.exists() else []
 
 
-def work(network, probes=True):
-    """Measures one network in this process; returns a row."""
+def work(part, network):
+    """Measures one network in this process; returns a part of a row."""
     import keras
-
-    import keras_curvature as kc
 
     keras.utils.set_random_seed(0)
     model, x, y = NETWORKS[network]()
@@ -144,15 +154,19 @@ def work(network, probes=True):
         keras.optimizers.SGD(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    row = {
-        "network": network,
-        "backend": keras.backend.backend(),
-        "date": time.strftime("%Y-%m-%d"),
-        "parameters": model.count_params(),
-    }
     fit = {"x": x, "y": y, "batch_size": len(y), "verbose": 0}
-    row["first step s"] = _seconds(lambda: model.fit(**fit))
-    op = kc.HessianOperator(model, x, y)
+    row = {
+        "parameters": model.count_params(),
+        "first step s": _seconds(lambda: model.fit(**fit)),
+    }
+    return row | (_probes(model, fit) if part == "--probes" else _products(model, x, y))
+
+
+def _products(model, x, y):
+    """What products and updates cost."""
+    import keras_curvature as kc
+
+    op, row = kc.HessianOperator(model, x, y), {}
     row["first gradient s"] = _seconds(
         lambda: measure.on_host(op.value_and_gradient()[1])
     )
@@ -169,8 +183,7 @@ def work(network, probes=True):
     row["gradient s"] = seconds["gradient"]
     row["product / gradient"] = seconds["product"] / seconds["gradient"]
     row["peak GiB"] = measure.peak_bytes() / 2**30
-    row |= _updates(op)
-    return row | _probes(model, fit, seconds["product"]) if probes else row
+    return row | _updates(op)
 
 
 class _Timed:
@@ -218,7 +231,7 @@ def _updates(op, num_matvecs=12, rounds=3):
     }
 
 
-def _probes(model, fit, product):
+def _probes(model, fit):
     """What probes of the default monitor cost, and the memory they need."""
     import keras_curvature as kc
 
@@ -229,10 +242,16 @@ def _probes(model, fit, product):
     probes = [record["seconds"] for record in monitor.history]
     steady = sorted(probes[2:])[len(probes[2:]) // 2]
     products = monitor.history[-1]["num_matvecs"]
+    peak = measure.peak_bytes() / 2**30
+    op = monitor.operator
+    direction = op.value_and_gradient()[1]
+    product = measure.median_seconds(
+        {"product": lambda: measure.on_host(op @ direction)}, rounds=5, warm_up=1
+    )["product"]
     return {
         "first probe s": probes[0],
         "probe / its products": steady / (products * product),
-        "peak GiB with probes": measure.peak_bytes() / 2**30,
+        "peak GiB with probes": peak,
     }
 
 
@@ -244,13 +263,15 @@ def _seconds(function):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        print(json.dumps(work(sys.argv[2], "--products" not in sys.argv)))
+        print(json.dumps(work(*sys.argv[2:])))
     else:
         chosen = [a for a in sys.argv[1:] if a in NETWORKS] or tuple(NETWORKS)
         backends = [a for a in sys.argv[1:] if a in BACKENDS] or BACKENDS
-        options = [a for a in sys.argv[1:] if a == "--products"]
+        options = [a for a in sys.argv[1:] if a in ("--products", "--probes")]
         known = {(row["network"], row["backend"]): row for row in before()}
         for row in run(chosen, backends, options):
-            known[row["network"], row["backend"]] = row
+            known[row["network"], row["backend"]] = (
+                known.get((row["network"], row["backend"]), {}) if options else {}
+            ) | row
             measure.save("large_models", list(known.values()))
         measure.print_table("Networks of real size", list(known.values()))
