@@ -65,6 +65,7 @@ class SplitMoments:
     """
 
     def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
         self.parts = evaluation.once(SplitDiagonal)
         self.possible = self.parts.possible
         self._sizes = tuple(evaluation.loss.layout.sizes)
@@ -180,7 +181,7 @@ class SplitMoments:
                     of_quiet.sum() + (_risk(of_mean, size) if shrink else of_mean.sum())
                 )
         # They are as long as the diagonal, and not needed again.
-        operator.evaluation.meanwhile(SplitMoments).clear()
+        self._evaluation.meanwhile(SplitMoments).clear()
         best = choices[int(np.argmin(risks))]
         return tuple(sorted(best, key=lambda kind: float(noise[kind].sum())))
 
@@ -205,7 +206,7 @@ class SplitMoments:
         self, kind: str, operator: HessianOperator, quiet: Tensor | None = None
     ) -> "_Tried":
         """A few samples to choose by, which are drawn once."""
-        tried: dict[str, _Tried] = operator.evaluation.meanwhile(SplitMoments)
+        tried: dict[str, _Tried] = self._evaluation.meanwhile(SplitMoments)
         if kind in tried:
             return tried[kind]
         count = min(max(_LEAST, math.ceil(_TELLING / sum(self._sizes))), _MOST_TRIED)

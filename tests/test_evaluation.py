@@ -112,6 +112,21 @@ def test_an_interruption_is_not_hidden_by_a_loss_that_moves():
     assert op.evaluation.state() is not op.evaluation.state()
 
 
+def test_what_is_seen_meanwhile_is_kept_until_the_end():
+    evaluation = HessianOperator(dense(), X, Y).evaluation
+    with evaluation.still():
+        evaluation.meanwhile("one")["seen"] = 1
+        with evaluation.still():
+            assert evaluation.meanwhile("one") == {"seen": 1}
+            assert not evaluation.meanwhile("other")
+        assert evaluation.meanwhile("one") == {"seen": 1}
+    # Nothing holds the state still here.
+    evaluation.meanwhile("one")["seen"] = 1
+    assert not evaluation.meanwhile("one")
+    with evaluation.still():
+        assert not evaluation.meanwhile("one")
+
+
 def test_all_figures_keep_still_and_see_the_loss(monkeypatch):
     if BACKEND != "torch":
         pytest.skip("The same everywhere, and quick where nothing is compiled.")

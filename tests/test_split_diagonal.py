@@ -43,6 +43,7 @@ def parts_of(cancelled, seed=0):
     )
     evaluation = types.SimpleNamespace(
         once=lambda make: parts,
+        meanwhile=lambda owner: {},
         loss=types.SimpleNamespace(layout=types.SimpleNamespace(sizes=SIZES)),
     )
     return SplitMoments(evaluation), (g + r).astype("float32")
@@ -54,6 +55,20 @@ def test_the_whole_is_sampled_where_the_parts_cancel(seed):
     assert split.kinds(whole, shrink=True) == (WHOLE,)
     split, whole = parts_of(0.0, seed)
     assert split.kinds(whole, shrink=True) == ("parameters",)
+
+
+def test_what_is_tried_is_drawn_once_and_not_kept():
+    split, whole = parts_of(0.5)
+    drawn, seen = [], {}
+    of_r = split.parts.rest.pop("parameters")
+    split.parts.rest["layers"] = of_r
+    of_r.once = lambda *args, **more: drawn.append(args) or of_r(*args, **more)
+    split._evaluation.meanwhile = lambda owner: seen
+    assert split.curved(whole)
+    before = len(drawn)
+    assert before and seen
+    split.kinds(whole, shrink=True)
+    assert len(drawn) == before and not seen
 
 
 def test_the_choice_stays():
