@@ -2,11 +2,10 @@
 
 Each network runs on each backend in two processes of its own: products and updates,
 and probes. The first step of `fit`, the first product, update and probe include their
-compilation; all other
-figures are medians of what follows. The update of a kept subspace with twelve products
-is measured in seconds of the processor, all cores together, which other load
-disturbs less: in gradients, and what all but its products takes, as a
-share of them.
+compilation; all other figures are medians of what follows. The update of a kept
+subspace with twelve products is measured in seconds of the processor, all cores
+together, which other load disturbs less: in gradients, and what all but its products
+takes, as a share of them.
 
     python benchmarks/large_models.py                     # all
     python benchmarks/large_models.py ResNet-50 jax       # one
@@ -134,8 +133,7 @@ def _apart(part, network, backend):
     )
     if done.returncode:
         return {f"{part[2:]} ended with": done.returncode}
-    figures: dict = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def before():
@@ -270,8 +268,8 @@ if __name__ == "__main__":
         options = [a for a in sys.argv[1:] if a in ("--products", "--probes")]
         known = {(row["network"], row["backend"]): row for row in before()}
         for row in run(chosen, backends, options):
-            known[row["network"], row["backend"]] = (
-                known.get((row["network"], row["backend"]), {}) if options else {}
-            ) | row
+            key = row["network"], row["backend"]
+            # Of a part of it, the rest of the row stays.
+            known[key] = known.get(key, {}) | row if options else row
             measure.save("large_models", list(known.values()))
         measure.print_table("Networks of real size", list(known.values()))

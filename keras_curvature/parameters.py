@@ -58,10 +58,10 @@ class Layout:
     def split(self, flat: Any) -> list[Any]:
         """A flat vector as a list of arrays, tensors or NumPy arrays like itself."""
         if backend.is_tensor(flat):
-            parts = backend.parts(flat, self.sizes)
-            return [ops.reshape(p, s) for p, s in zip(parts, self.shapes, strict=True)]
-        parts = np.split(flat, np.cumsum(self.sizes)[:-1])
-        return [p.reshape(s) for p, s in zip(parts, self.shapes, strict=True)]
+            parts, reshape = backend.parts(flat, self.sizes), ops.reshape
+        else:
+            parts, reshape = np.split(flat, np.cumsum(self.sizes)[:-1]), np.reshape
+        return [reshape(p, s) for p, s in zip(parts, self.shapes, strict=True)]
 
     def flatten(self, arrays: Sequence[Any]) -> Any:
         """A list of arrays, one for each parameter array, as one flat vector.

@@ -151,8 +151,10 @@ class _Recording:
         # With `output_gradients` the tape returns Σ_i v_i ∂g_i/∂θ = Hv. Without, it
         # would return the row sums of H, which are often mistaken for its diagonal.
         moved, wanted = list(moved), list(wanted)
-        last = {*moved, *wanted} <= set(self._last.sources)
-        tapes = self._last if last else self._tapes
+        named = {*moved, *wanted}
+        tapes = self._tapes
+        if named and named <= set(self._last.sources):
+            tapes = self._last
         slopes = tapes.slopes(self.loss)
         return self._backward(tapes, {name: slopes.get(name) for name in moved}, wanted)
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_curvature import backend
@@ -317,14 +316,15 @@ def by_parameters(recording: LayerRecording, variables: list[int]) -> dict[int, 
 def _over_entries(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
     """`Σ_j e_j ⊙ H e_j` over the entries j of variables."""
     multiply = recording.whole_product(variables, variables)
-    ends = np.cumsum([_size(recording, i) for i in variables]).tolist()
-    count = ends[-1]
+    sizes = [_size(recording, i) for i in variables]
+    count = sum(sizes)
 
     def entry(j: Any) -> list[Tensor]:
-        e, flat = {}, ops.one_hot(j, count, dtype="float32")
-        for i, start, end in zip(variables, [0, *ends], ends, strict=False):
+        e = {}
+        parts = backend.parts(ops.one_hot(j, count, dtype="float32"), sizes)
+        for i, part in zip(variables, parts, strict=True):
             value = recording.value(i)
-            e[i] = ops.cast(ops.reshape(flat[start:end], value.shape), value.dtype)
+            e[i] = ops.cast(ops.reshape(part, value.shape), value.dtype)
         product = multiply(e)
         return [e[i] * product[i] for i in variables]
 

@@ -107,14 +107,12 @@ def diagonal(recording: LayerRecording, variables: list[int]) -> dict[int, Tenso
 
 def _parted(shifts: dict[Place, Tensor], flat: Tensor) -> dict[Place, Tensor]:
     """Rows of several shifts side by side, apart again and each in its own type."""
-    parts, start = {}, 0
-    for place, shift in shifts.items():
-        width = math.prod(shift.shape[1:])
-        part = flat[:, start : start + width]
-        part = ops.reshape(part, (ops.shape(flat)[0], *shift.shape[1:]))
-        parts[place] = ops.cast(part, shift.dtype)
-        start += width
-    return parts
+    rows = ops.shape(flat)[0]
+    parts = backend.parts(flat, [math.prod(s.shape[1:]) for s in shifts.values()])
+    return {
+        place: ops.cast(ops.reshape(part, (rows, *shift.shape[1:])), shift.dtype)
+        for part, (place, shift) in zip(parts, shifts.items(), strict=True)
+    }
 
 
 def departure(recording: LayerRecording, key: Tensor) -> tuple[list[Tensor], Tensor]:

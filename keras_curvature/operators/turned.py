@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_curvature import backend
 from keras_curvature.axes import Axes, turned, turned_back
 from keras_curvature.backend import Tensor
 from keras_curvature.parameters import Layout
@@ -55,9 +56,9 @@ def turned_rows(
     if all(own is None for own in axes):
         return rows
     function = turned_back if back else turned
-    count, start, parts = rows.shape[0], 0, []
-    for own, shape, size in zip(axes, layout.shapes, layout.sizes, strict=True):
-        part = ops.reshape(rows[:, start : start + size], (count, *shape))
-        parts.append(ops.reshape(function(part, own, 1), (count, size)))
-        start += size
-    return ops.concatenate(parts, axis=1)
+    count, found = rows.shape[0], []
+    parts = backend.parts(rows, layout.sizes)
+    for part, own, shape in zip(parts, axes, layout.shapes, strict=True):
+        own_axes = function(ops.reshape(part, (count, *shape)), own, 1)
+        found.append(ops.reshape(own_axes, part.shape))
+    return ops.concatenate(found, axis=1)

@@ -206,34 +206,12 @@ BLOCKS = [
 ]
 
 
-def test_product_with_parts_of_the_point():
+@pytest.mark.parametrize("last", [[], ["bias"], ["bias", "kernel"]])
+def test_product_with_parts_of_the_point(last):
+    """The same whatever is said to be met last, together with others too."""
     case, (*_, hessian, _) = FUNCTIONS["tanh_net"], truth("tanh_net")
     v = numbers(len(hessian), seed=9)
-
-    def products(point, v):
-        recording = backend.record(case.recorded, point)
-        return [
-            recording.product(moved, wanted)({n: v[n] for n in moved})
-            for moved, wanted in BLOCKS
-        ]
-
-    found = backend.compiled(products)(
-        tensors(case.point), tensors(unflat(v, case.point))
-    )
-    for (moved, wanted), parts in zip(BLOCKS, arrays(found), strict=True):
-        masked = {n: x * (n in moved) for n, x in unflat(v, case.point).items()}
-        expected = unflat(hessian @ flat(arrays(masked)), case.point)
-        assert set(parts) == set(wanted)
-        for n in wanted:
-            assert_close(parts[n], ops.convert_to_numpy(expected[n]), scale=1)
-
-
-@pytest.mark.parametrize("last", [["bias"], ["bias", "kernel"]])
-def test_products_with_what_is_met_last(last):
-    """Are what they are otherwise, together with others too."""
-    case, (*_, hessian, _) = FUNCTIONS["tanh_net"], truth("tanh_net")
-    v = numbers(len(hessian), seed=9)
-    blocks = [(last, last), (case.point, last), (last, case.point)]
+    blocks = [*BLOCKS, (last, last), (case.point, last), (last, case.point)]
 
     def products(point, v):
         recording = backend.record(case.recorded, point, last)
@@ -248,6 +226,7 @@ def test_products_with_what_is_met_last(last):
     for (moved, wanted), parts in zip(blocks, arrays(found), strict=True):
         masked = {n: x * (n in moved) for n, x in unflat(v, case.point).items()}
         expected = unflat(hessian @ flat(arrays(masked)), case.point)
+        assert set(parts) == set(wanted)
         for n in wanted:
             assert_close(parts[n], ops.convert_to_numpy(expected[n]), scale=1)
 

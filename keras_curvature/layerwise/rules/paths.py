@@ -76,8 +76,8 @@ class OuterProduct:
     def in_axes(self, axes: Axes) -> Any:
         """The path to the variable's coordinates in axes of its sides."""
         sizes = self.variable.shape
-        split = self._matrix and as_matrix(sizes, axes)[0] == self._width
-        if axes is None or not split:
+        as_it_is = self._matrix and as_matrix(sizes, axes)[0] == self._width
+        if axes is None or not as_it_is:
             return InAxes(self, axes)
         left, right = axes
 
