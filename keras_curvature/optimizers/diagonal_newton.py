@@ -26,8 +26,12 @@ ALONG_ENTRIES = 0.999, 0.5
 ALONG_AXES = 0.95, 1.0
 
 #: Decay of the averages of `G Gᵀ` and `Gᵀ G` per step, and the steps between two
-#: renewals of their axes.
+#: gradients that they take in.
 MOMENT_DECAY = 0.95
+TAKEN_IN = 2
+
+#: The steps between two renewals of axes, and of the trust radius along them; a
+#: multiple of the former.
 RENEWAL = 10
 
 
@@ -82,9 +86,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     coordinates. A variable W with rows and columns becomes `Aᵀ W B`, where A and B are
     the eigenvectors of averages of `G Gᵀ` and `Gᵀ G`, G its gradient: there the Hessian
     of a layer is nearer to diagonal. g, m, v, ĥ and the step are those of `Aᵀ W B`;
-    `r²` is carried over as squared lengths are, `(A²)ᵀ r² B²`. The averages forget at
-    0.95 per step; every tenth step moves the axes by one step of orthogonal iteration,
-    m exactly, v and ĥ as diagonal matrices would. Where both sides have axes v forgets
+    `r²` is carried over as squared lengths are, `(A²)ᵀ r² B²`. The averages take in
+    every other gradient and forget at 0.95 per step; every tenth step moves the axes by
+    one step of orthogonal iteration, m exactly, v and ĥ as diagonal matrices would, and
+    r is that of the parameters as they are then. Where both sides have axes v forgets
     as soon, and the step follows m̂ alone, both as in SOAP: in losses that fall by
     decades a long memory of gradients holds steps back. Elsewhere, in embeddings among
     others, it is Adam's: entries that are seldom met need it. Curvature must be
@@ -92,10 +97,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     `CurvatureFeed` do. A variable is read as a matrix by the split of its shape that
     makes the sides most alike. Vectors and single rows or columns step as without axes;
     sides of more than 1 024, or more than 8 times as long as the other, keep their own.
-    For a matrix of a rows and b columns both of whose sides have axes this keeps `2 a²
-    + 2 b²` more numbers, and takes about `8 a b (a + b)` more multiplications and
-    additions a step, and every tenth step about `10 (a³ + b³)`: of the order of a
-    gradient of `a + b` samples.
+    For a matrix of a rows and b columns both of whose sides have axes this keeps `a b +
+    2 a² + 2 b²` more numbers, and takes about `5 a b (a + b)` more multiplications and
+    additions a step, and every tenth step about `8 a b (a + b) + 10 (a³ + b³)`: of the
+    order of a gradient of `a + b` samples.
 
     *Without curvature*, before the first delivery, what remains is Adam's step
     everywhere. In the axes of layers that is what most networks need, and no less than
@@ -238,7 +243,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     def build(self, variables: list[Any]) -> None:
         """Creates the slots: three numbers for each parameter, and two counters.
 
-        And two square matrices for each side that is turned.
+        And for a variable with axes its trust radius, and two square matrices for each
+        side that is turned.
 
         Args:
             variables: list of the model's trainable variables.
@@ -258,9 +264,10 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         ]
 
     def _add_axes(self, variables: list[Any]) -> None:
-        """Moments of the gradients, and axes, for each side that is turned."""
+        """Moments and axes for each side that is turned, and the radius along them."""
         self._side_moments: list[list[Any]] = []
         self._side_vectors: list[list[Any]] = []
+        self._radii: list[Any] = []
         for variable, slot in zip(variables, self._curvatures, strict=True):
             own = self.axes == "layer" and slot is not None
             sides = layer_axes.sides_of(variable.shape) if own else None
@@ -281,6 +288,12 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                     )
             self._side_moments.append(moments)
             self._side_vectors.append(vectors)
+            turned = sides is not None and self.radius is not None
+            self._radii.append(
+                self.add_variable_from_reference(variable, "trust_radius")
+                if turned
+                else None
+            )
 
     def compile_with(self, compiler: Callable[[Callable], Callable]) -> None:
         """Compiles what is computed between steps; without, each operation runs alone.
@@ -368,39 +381,50 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         beta_3, nu = self._memories[index]
         self.assign_add(v, (ops.square(seen) - v) * (1 - beta_3))
         average, usual = self._debiased(m, v, beta_3, self.iterations + 1)
+        slot = self._radii[index]
+        kept = None if slot is None else ops.convert_to_tensor(slot)
+        radius = self._radius_of(values, sides, vectors, kept, self.iterations)
+        if slot is not None:
+            self.assign(slot, radius)
         direction = newton_direction(
             nu * average + (1 - nu) * seen,
             usual,
             ops.convert_to_tensor(self._curvatures[index]),
-            self._radius_of(values, sides, vectors),
+            radius,
         )
         if sides is not None:
             direction = layer_axes.turned_back(direction, sides, vectors)
             self._renew(index, gradient, sides, vectors)
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * direction)
 
-    def _radius_of(self, values: Any, sides: Any, vectors: list[Any]) -> Any:
-        """The trust radius of one variable, along the axes that it steps in."""
-        radius = trust_radius(values, self.radius, self.relative_radius)
-        if radius is None or sides is None:
-            return radius
-        return ops.sqrt(layer_axes.spread(ops.square(radius), sides, vectors))
+    def _radius_of(
+        self, values: Any, sides: Any, vectors: list[Any], kept: Any, steps: Any
+    ) -> Any:
+        """The trust radius of one variable, along the axes that it steps in.
+
+        Along entries that of its values; in axes as it was when they were renewed.
+        """
+        if kept is None:
+            return trust_radius(values, self.radius, self.relative_radius)
+
+        def new() -> Any:
+            radius = trust_radius(values, self.radius, self.relative_radius)
+            return ops.sqrt(layer_axes.spread(ops.square(radius), sides, vectors))
+
+        return ops.cond(ops.equal(steps % RENEWAL, 0), new, lambda: kept)
 
     def _renew(self, index: int, gradient: Any, sides: Any, vectors: list[Any]) -> None:
-        """Takes a gradient into the moments; now and then follows their axes.
+        """Now and then takes a gradient into the moments, and follows their axes.
 
         Where axes move, the average of gradients moves with them, and squares and
         curvature as diagonal matrices would.
         """
-        found = layer_axes.moments(gradient, sides)
-        for moment, product in zip(self._side_moments[index], found, strict=True):
-            self.assign_add(moment, (product - moment) * (1 - MOMENT_DECAY))
-        moments = [ops.convert_to_tensor(x) for x in self._side_moments[index]]
         slots = [self._momentums, self._second_moments, self._curvatures]
-        own = [slot[index] for slot in slots]
+        turned = [*self._side_vectors[index], *(slot[index] for slot in slots)]
+        steps = self.iterations + 1
 
-        def renewed() -> list[Any]:
-            m, v, h = (ops.convert_to_tensor(slot) for slot in own)
+        def followed(moments: list[Any]) -> list[Any]:
+            m, v, h = (ops.convert_to_tensor(slot[index]) for slot in slots)
             new = [
                 layer_axes.followed(q, moment)
                 for q, moment in zip(vectors, moments, strict=True)
@@ -416,12 +440,29 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 layer_axes.spread(h, sides, moves),
             ]
 
-        def kept() -> list[Any]:
-            return [*vectors, *(ops.convert_to_tensor(slot) for slot in own)]
+        def as_they_are() -> list[Any]:
+            return [ops.convert_to_tensor(x) for x in turned]
 
-        due = ops.equal((self.iterations + 1) % RENEWAL, 0)
-        values = ops.cond(due, renewed, kept)
-        for slot, value in zip([*self._side_vectors[index], *own], values, strict=True):
+        def taken() -> list[Any]:
+            found = layer_axes.moments(gradient, sides)
+            moments = [
+                moment + (product - moment) * (1 - MOMENT_DECAY**TAKEN_IN)
+                for moment, product in zip(
+                    self._side_moments[index], found, strict=True
+                )
+            ]
+            due = ops.equal(steps % RENEWAL, 0)
+            return [*moments, *ops.cond(due, lambda: followed(moments), as_they_are)]
+
+        def kept() -> list[Any]:
+            return [
+                *(ops.convert_to_tensor(x) for x in self._side_moments[index]),
+                *as_they_are(),
+            ]
+
+        values = ops.cond(ops.equal(steps % TAKEN_IN, 0), taken, kept)
+        every = [*self._side_moments[index], *turned]
+        for slot, value in zip(every, values, strict=True):
             self.assign(slot, value)
 
     def _debiased(self, m: Any, v: Any, beta_3: float, steps: Any) -> tuple[Any, Any]:
@@ -643,7 +684,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         ]
 
     def _state(self) -> list[Any]:
-        """All m, v, ĥ and θ, and then the axes; see `_ingredients`."""
+        """All m, v, ĥ and θ, and then axes and radii; see `_ingredients`."""
         if not self.built:
             raise ValueError("The optimizer has not been built: it took no step yet.")
         every = (
@@ -653,20 +694,23 @@ class DiagonalNewton(keras.optimizers.Optimizer):
             self._trainable_variables,
         )
         slots = [slot for entries in every for slot in self._slots_of(entries)]
-        return slots + [q for vectors in self._side_vectors for q in vectors]
+        axes = [q for vectors in self._side_vectors for q in vectors]
+        return [*slots, *axes, *(r for r in self._radii if r is not None)]
 
     def _ingredients(self, state: list[Any], steps: Any) -> list[tuple[Any, ...]]:
         """m̂, √v̂, ĥ and r of each variable that has slots, in its axes. Pure."""
-        steps = ops.maximum(steps, 1)
+        after = ops.maximum(steps, 1)
         sides, memories = self._slots_of(self._sides), self._slots_of(self._memories)
+        radii = self._slots_of(self._radii)
         count = len(sides)
         m, v, h, values = (state[i * count : (i + 1) * count] for i in range(4))
-        vectors = iter(state[4 * count :])
+        rest = iter(state[4 * count :])
+        axes = [[next(rest) for _ in layer_axes.turned_sizes(own)] for own in sides]
         found = []
         for i, (own, (beta_3, _)) in enumerate(zip(sides, memories, strict=True)):
-            axes = [next(vectors) for _ in layer_axes.turned_sizes(own)]
-            radius = self._radius_of(values[i], own, axes)
-            found.append((*self._debiased(m[i], v[i], beta_3, steps), h[i], radius))
+            kept = None if radii[i] is None else next(rest)
+            radius = self._radius_of(values[i], own, axes[i], kept, steps)
+            found.append((*self._debiased(m[i], v[i], beta_3, after), h[i], radius))
         return found
 
     def _steps(self) -> Any:

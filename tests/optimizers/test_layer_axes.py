@@ -66,11 +66,13 @@ class Reference:
         self.v = 0.95 * self.v + 0.05 * seen**2
         m = self.m / (1 - 0.9**self.steps)
         usual = np.sqrt(self.v / (1 - 0.95**self.steps))
-        radius = np.sqrt((a**2).T @ (0.01 + 0.09 * values**2) @ b**2)
+        if self.steps % 10 == 1:
+            self.radius = np.sqrt((a**2).T @ (0.01 + 0.09 * values**2) @ b**2)
         followed = np.clip(m, -usual, usual)
-        direction = a @ (followed / (np.abs(self.h) + usual / radius)) @ b.T
-        for i, moment in enumerate((gradient @ gradient.T, gradient.T @ gradient)):
-            self.moments[i] = 0.95 * self.moments[i] + 0.05 * moment
+        direction = a @ (followed / (np.abs(self.h) + usual / self.radius)) @ b.T
+        if self.steps % 2 == 0:
+            for i, moment in enumerate((gradient @ gradient.T, gradient.T @ gradient)):
+                self.moments[i] += (1 - 0.95**2) * (moment - self.moments[i])
         if self.steps % 10 == 0:
             self.renew()
         return direction
