@@ -93,11 +93,9 @@ def curvature_summary(
         )
         spent = diagonal.num_matvecs
         progress.place(before=spent)
-        # The first look finds the subspace, the second one uses it.
-        first = max(2, num_matvecs // 2)
         both = method == "auto" and keeps(operator, num_matvecs)
-        *_, (figures, products) = subspace_looks(
-            operator, first, num_matvecs, seed, operator.sizes, progress, both
+        ((figures, products),) = subspace_looks(
+            operator, num_matvecs, num_matvecs, seed, operator.sizes, progress, both
         )
         spent += products
         if both:

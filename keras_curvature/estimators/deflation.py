@@ -181,46 +181,62 @@ def _figures(
     norm = grams[:, R, R] + mixed + np.swapaxes(mixed, 1, 2)
     trace = (VR + np.swapaxes(VR, 1, 2)) / 2
 
-    def estimate(
-        known: _Array,
-        forms: _Array,
-        error: _Array | None,
-        errors: _Array | None,
-        pairs: Estimate | None = None,
-    ) -> Estimate:
-        values = known + mean_of(forms)
-        shares: tuple[Estimate, ...] = ()
-        if block_sizes is not None:
-            each = [None] * len(values) if errors is None else errors.tolist()
-            shares = tuple(
-                Estimate(v, e, num_matvecs)
-                for v, e in zip(values.tolist(), each, strict=True)
-            )
-        total = None if error is None else float(error)
-        return Estimate(float(values.sum()), total, num_matvecs, shares, pairs)
-
-    pairs = None
-    if block_sizes is not None and fresh != 1:
+    pairs, by_block = None, block_sizes is not None
+    if by_block and fresh != 1:
         pairs = Estimate(*_pairs(CW, C @ WV, WR, VR, grams[:, R, R]), num_matvecs)
     total, trace_total = norm.sum(0), trace.sum(0)
     return DeflatedMoments(
-        estimate(
-            np.trace(CW, axis1=1, axis2=2),
-            trace,
-            error_of_mean(trace_total, trace_diagonal.sum(0), total),
-            error_of_mean(trace, trace_diagonal, grams[:, R, R], of_rows=True),
+        of_shares(
+            np.trace(CW, axis1=1, axis2=2) + mean_of(trace),
+            [
+                error_of_mean(trace_total, trace_diagonal.sum(0), total),
+                error_of_mean(trace, trace_diagonal, grams[:, R, R], of_rows=True),
+            ],
+            num_matvecs,
+            by_block,
         ),
-        estimate(
-            known_rows,
-            norm,
-            error_of_mean(total, measured["norm diagonal"], skewed=True),
-            error_of_mean(norm, skewed=True),
+        of_shares(
+            known_rows + mean_of(norm),
+            [
+                error_of_mean(total, measured["norm diagonal"], skewed=True),
+                error_of_mean(norm, skewed=True),
+            ],
+            num_matvecs,
+            by_block,
             pairs,
         ),
         diagonal,
         num_matvecs,
-        *_eigenvalues(T, S, _spectral_norm(total)),
+        *dominant_eigenvalues(T, S, spectral_norm(total)),
     )
+
+
+def of_shares(
+    values: _Array,
+    errors: Sequence[_Array | None],
+    num_matvecs: int,
+    by_block: bool,
+    pairs: Estimate | None = None,
+) -> Estimate:
+    """A figure that is a sum over blocks.
+
+    Args:
+        values: the shares of the blocks, `(n,)`.
+        errors: the standard error of their sum, and those of each of them, `(n,)`.
+        num_matvecs: number of products to name.
+        by_block: whether to tell of the blocks.
+        pairs: of the norm.
+    """
+    of_sum, of_each = errors
+    shares: tuple[Estimate, ...] = ()
+    if by_block:
+        each = [None] * len(values) if of_each is None else of_each.tolist()
+        shares = tuple(
+            Estimate(v, e, num_matvecs)
+            for v, e in zip(values.tolist(), each, strict=True)
+        )
+    total = None if of_sum is None else float(of_sum)
+    return Estimate(float(values.sum()), total, num_matvecs, shares, pairs)
 
 
 def _pairs(
@@ -250,10 +266,10 @@ def _pairs(
     if not s:
         return known, np.zeros((n, n))
     WR, CWV, VR = (np.moveaxis(x, 2, 0) for x in (WR, CWV, VR))  # (s, n, …)
-    cross = _symmetric(2 * WR @ np.swapaxes(CWV, 1, 2))
+    cross = symmetric(2 * WR @ np.swapaxes(CWV, 1, 2))
     # Sums over j ≠ i of VR[a, i, j] VR[b, j, i].
     own = np.einsum("jaj->ja", VR)
-    paired = _symmetric(np.swapaxes(VR, 0, 2) @ np.swapaxes(VR, 1, 2))
+    paired = symmetric(np.swapaxes(VR, 0, 2) @ np.swapaxes(VR, 1, 2))
     paired -= own[:, :, None] * own[:, None]
     kernel = paired + ((s - 2) * cross + cross.sum(0)) / 2
     rows = mean_of(RR)
@@ -262,11 +278,12 @@ def _pairs(
     return known + mean, error
 
 
-def _symmetric(x: _Array) -> _Array:
-    return (x + np.swapaxes(x, 1, 2)) / 2
+def symmetric(x: _Array) -> _Array:
+    """The symmetric part of matrices."""
+    return (x + np.swapaxes(x, -1, -2)) / 2
 
 
-def _spectral_norm(forms: _Array) -> float:
+def spectral_norm(forms: _Array) -> float:
     """About the largest eigenvalue of B at most, from its `(Bvᵢ)ᵀ(Bvⱼ)`.
 
     `‖B‖₂ ≤ ‖B²‖_F^½`, which the variance of `‖Bv‖²`, `2 ‖B²‖_F²`, tells.
@@ -277,7 +294,9 @@ def _spectral_norm(forms: _Array) -> float:
     return math.sqrt(error * math.sqrt(len(forms) / 2))
 
 
-def _eigenvalues(T: _Array, S: _Array, remainder: float) -> tuple[_Array, _Array]:
+def dominant_eigenvalues(
+    T: _Array, S: _Array, remainder: float
+) -> tuple[_Array, _Array]:
     """The k dominant eigenvalues of K, and residual norms for H.
 
     In an orthonormal basis of the range of Q and Z⊥, K is `[[T, Eᵀ], [E, 0]]` with

@@ -90,8 +90,9 @@ def _error_of_mean(
     widened: _Array = error * students_factor(degrees)
     if skewed:
         # The square of the mean is too large by its variance. For a single
-        # eigenvalue this makes the degrees of freedom the number of forms.
-        freedom = 2 * (mean / error) ** 2 - 2
+        # eigenvalue this makes the degrees of freedom the number of forms, and there
+        # are never fewer.
+        freedom = np.maximum(2 * (mean / error) ** 2 - 2, count)
         skew = mean * (freedom / chdtri(freedom, 0.95) - 1) / 2
         usable = (mean > 0) & (error > 0) & np.isfinite(skew)
         widened = np.where(usable, np.maximum(widened, skew), widened)

@@ -22,6 +22,7 @@ from keras_curvature.estimators.deflation import (
     outside,
 )
 from keras_curvature.estimators.estimate import Estimate
+from keras_curvature.estimators.left_out import left_out_moments
 from keras_curvature.estimators.products import (
     Products,
     ProgressFunction,
@@ -54,12 +55,17 @@ class _State(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """Q, random signs V, and the products HQ and H(I − QQᵀ)V."""
+    """Q, random signs V, and the products HQ and H(I − QQᵀ)V.
+
+    Where Q is the left singular vectors of HV, there are singular values instead of the
+    latter.
+    """
 
     basis: list[Vector]
     signs: list[Vector]
     basis_products: list[Vector]
     fresh_products: list[Vector]
+    singular_values: NDArray[np.float64] | None = None
 
 
 class DominantSubspace:
@@ -112,8 +118,9 @@ class DominantSubspace:
         """Looks at the operator with a given number of products.
 
         At most two thirds of them go into HQ, the others see fresh random signs.
-        Without a Q of the right size a third is spent on finding one first. An
-        operator of size P ≤ `num_matvecs` is measured exactly.
+        Without a Q of the right size half of them find one, and what they leave is
+        seen by leaving each of them out in turn, see `left_out`; of an odd number one
+        is not spent. An operator of size P ≤ `num_matvecs` is measured exactly.
 
         The standard errors come from few fresh directions, and are widened such that
         two of them cover the truth in about 95 % of all cases; see
@@ -152,9 +159,7 @@ class DominantSubspace:
         with products.working():
             look, draws = self._look(products, seed_key(seed, _PURPOSE), budget)
             inner = _inner(look)
-            figures = deflated_moments(
-                *look, products.spent, blocks, diagonal, inner=inner
-            )
+            figures = _figures(look, products.spent, blocks, diagonal, inner)
             figures, spread = self._steadied(figures, len(look.signs))
             basis = self._state.basis
             if math.isfinite(figures.squared_frobenius_norm.value):
@@ -165,34 +170,45 @@ class DominantSubspace:
 
     def _look(self, products: Products, key: Tensor, budget: int) -> tuple[_Look, int]:
         """The products that are wanted, or some of them; and the signs drawn so far."""
-        draws = self._state.draws
-        look, basis = None, self._known(products, budget)
+        basis = self._known(products, budget)
         if basis is None:
-            # What finds Q is an average over random signs by itself.
-            basis = []
-            width = budget // 3 if budget > 3 else 0
-            signs = _signs(products, key, draws, width)
-            draws += width
-            found = products(signs)
-            if width:
-                look = _Look([], signs[: len(found)], [], found)
-                inner = _inner(look)
-                if np.isfinite(inner).all():
-                    # The products are still to be looked at if this is all.
-                    copies = look._replace(fresh_products=[x.copy() for x in found])
-                    basis = _dominant(copies, inner, min(width, self.k or width))
-        complete = False
-        if products.going:
-            k = len(basis)
-            signs = _signs(products, key, draws, budget - products.spent - k)
-            draws += len(signs)
-            made = products(_directions(basis, signs, products.dtype))
-            complete = len(made) == k + len(signs)
-            if complete or len(made) >= k + 2:
-                look = _Look(basis, signs[: len(made) - k], made[:k], made[k:])
-        if look is None or not (complete or len(look.signs) >= 2):
+            return self._first_look(products, key, budget)
+        k, draws = len(basis), self._state.draws
+        signs = _signs(products, key, draws, budget - k)
+        made = products(_directions(basis, signs, products.dtype))
+        found = len(made) - k
+        if len(made) < budget and found < 2:
             raise KeyboardInterrupt
-        return look, draws
+        look = _Look(basis, signs[:found], made[:k], made[k:])
+        return look, draws + len(signs)
+
+    def _first_look(
+        self, products: Products, key: Tensor, budget: int
+    ) -> tuple[_Look, int]:
+        """Without a Q: half of the products find it, and show what is left as well."""
+        draws = self._state.draws
+        width = budget // 2 if budget > 3 else budget
+        products.total = 2 * width if width < budget else budget
+        signs = _signs(products, key, draws, width)
+        found = products(signs)
+        if len(found) < min(width, 2):
+            raise KeyboardInterrupt
+        signs, draws = signs[: len(found)], draws + len(signs)
+        # What they are by themselves: plain averages.
+        look = _Look([], signs, [], found)
+        inner = _inner(look)
+        if width == budget or not (products.going and np.isfinite(inner).all()):
+            return look, draws
+        of_found = tall.to_singular_vectors(found, inner, np.ones(width), width)
+        basis, values = found, np.linalg.norm(of_found, axis=1)
+        tall.complete(basis, width, products.size, products.dtype)
+        made = products(basis)
+        if len(made) == width:
+            values = np.append(values, np.zeros(width - len(values)))
+            return _Look(basis, signs, made, [], values), draws
+        # They are what Q holds of them, and no more.
+        again = tall.combined(of_found.T, basis[: len(of_found)], products.dtype)
+        return look._replace(fresh_products=again), draws
 
     def _known(self, products: Products, budget: int) -> list[Vector] | None:
         """The Q to use, unless it has to be found first."""
@@ -304,6 +320,20 @@ def _directions(
         yield from outside(basis, group) if basis else (v.astype(dtype) for v in group)
 
 
+def _figures(
+    look: _Look,
+    num_matvecs: int,
+    blocks: tuple[int, ...] | None,
+    diagonal: bool,
+    inner: NDArray[np.float64],
+) -> DeflatedMoments:
+    """What a look tells."""
+    Q, V, Z, Y, values = look
+    if values is not None:
+        return left_out_moments(Q, V, Z, num_matvecs, blocks, diagonal, inner)
+    return deflated_moments(Q, V, Z, Y, num_matvecs, blocks, diagonal, inner)
+
+
 def _inner(look: _Look) -> NDArray[np.float64]:
     """The inner products of Q, HQ and the fresh products."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -312,12 +342,20 @@ def _inner(look: _Look) -> NDArray[np.float64]:
 
 def _dominant(look: _Look, inner: NDArray[np.float64], count: int) -> list[Vector]:
     """The next Q: the leading left singular vectors of all products, in their place."""
-    k, fresh = len(look.basis), len(look.fresh_products)
-    weights = np.repeat([1.0, _FRESH_WEIGHT / max(fresh, 1) ** 0.5], [k, fresh])
-    vectors = [*look.basis_products, *look.fresh_products]
+    k, values = len(look.basis), look.singular_values
+    if values is None:
+        others, place = look.fresh_products, 2 * k
+        values = np.ones(len(others))
+    else:
+        others, place = look.basis, 0
+    fresh = len(others)
+    weights = np.append(np.ones(k), _FRESH_WEIGHT / max(fresh, 1) ** 0.5 * values)
+    order = np.r_[k : 2 * k, place : place + fresh]
+    vectors = [*look.basis_products, *others]
     look.basis_products.clear()
-    look.fresh_products.clear()
-    return _completed(vectors, inner[k:, k:], weights, min(count, len(vectors)))
+    others.clear()
+    inner = inner[np.ix_(order, order)]
+    return _completed(vectors, inner, weights, min(count, len(vectors)))
 
 
 def _completed(

@@ -150,7 +150,7 @@ def take_out(x: Vector, basis: Sequence[Vector]) -> tuple[_Array, float]:
 
 def to_singular_vectors(
     vectors: list[Vector], inner: _Array, weights: _Array, count: int
-) -> None:
+) -> _Array:
     """Replaces vectors by left singular vectors of the array `[w_1 x_1, w_2 x_2, …]`.
 
     Inner products alone lose the square of the condition number; but what they give
@@ -163,18 +163,25 @@ def to_singular_vectors(
             values remain, by decreasing value.
         inner: the inner products of the vectors, `(k, k)`, finite.
         weights: array `(k,)`.
-        count: how many to find, at most k. Where the rank is lower, unit vectors that
-            are orthogonal to the others follow.
+        count: how many to find, at most k.
+
+    Returns:
+        The inner products of what was found, `count` vectors or as many as the rank
+        allows, with the vectors as they were, `(…, k)`.
     """
-    inner = inner * np.outer(weights, weights)
-    basis = _gram_schmidt(inner, _DEPENDENT * np.diag(inner))
-    rotation = np.linalg.svd(basis @ inner, full_matrices=False)[0]
-    found = turn(vectors, rotation[:, :count].T @ basis * weights)
+    weighted = inner * np.outer(weights, weights)
+    basis = _gram_schmidt(weighted, _DEPENDENT * np.diag(weighted))
+    rotation = np.linalg.svd(basis @ weighted, full_matrices=False)[0]
+    made = rotation[:, :count].T @ basis * weights
+    found = turn(vectors, made)
     for _ in range(_PASSES):
         if abs(found - np.eye(len(found))).max(initial=0) <= _tolerance(vectors):
             break
         # They have norms of about one, or are nothing but rounding.
-        found = turn(vectors, _gram_schmidt(found, np.full(len(found), 1e-2)))
+        again = _gram_schmidt(found, np.full(len(found), 1e-2))
+        made, found = again @ made, turn(vectors, again)
+    products: _Array = made @ inner
+    return products
 
 
 def complete(vectors: list[Vector], count: int, size: int, dtype: str) -> None:
