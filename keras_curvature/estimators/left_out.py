@@ -85,7 +85,7 @@ def left_out_moments(
     tall_arrays = [*basis, *basis_products]
     inner = tall.gram(tall_arrays) if inner is None else inner
     # Q is orthonormal to the rounding of its type.
-    inside: _Array = np.linalg.solve(inner[:k, :k], inner[:k, k:])
+    inside = np.asarray(np.linalg.solve(inner[:k, :k], inner[:k, k:]), np.float64)
     T = (inside + inside.T) / 2
     # H is symmetric: QᵀHV = (HQ)ᵀV.
     of_signs, of_products = np.split(tall.dot(tall_arrays, signs), 2)
