@@ -77,7 +77,7 @@ def hessian_diagonal(
     Hessian-vector product per sample; a single one is often better than a hundred of
     Hutchinson's (Bekas, Kokiopoulou, Saad 2007), which are the fallback for models
     whose samples interact. `"deflated"` knows that part of H exactly which its dominant
-    subspace tells, see `keras_curvature.estimators.deflation`: with sixteen products or
+    subspace tells, see `keras_curvature.estimators.left_out`: with sixteen products or
     more it is the most precise by far where few eigenvalues dominate, as in small
     networks. The Gauss–Newton diagonal leaves the model's own curvature
     out; it is not negative if the loss is convex in the outputs.
@@ -195,9 +195,10 @@ def hessian_trace(
     | `"deflated"` | the dominant subspace exactly, the rest from random signs |
     | `"hutchinson"` | random signs alone (Hutchinson 1990) |
 
-    `"split"` has the least noise for most networks. `"deflated"` is Hutch++
-    (Meyer, Musco, Musco, Woodruff 2021) for a symmetric operator; it pays because a
-    few large eigenvalues make most of the noise.
+    `"split"` has the least noise for most networks. `"deflated"` is XTrace (Epperly,
+    Tropp, Webber 2024) for a symmetric operator, see
+    `keras_curvature.estimators.left_out`; it pays because a few large eigenvalues make
+    most of the noise.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.
