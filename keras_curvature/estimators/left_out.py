@@ -90,7 +90,7 @@ def left_out_moments(
     # H is symmetric: QᵀHV = (HQ)ᵀV.
     of_signs, of_products = np.split(tall.dot(tall_arrays, signs), 2)
     split = _Split(T, of_signs, of_products)
-    ones = [split.without([i]) for i in range(k)]
+    ones = split.without(np.arange(k)[:, None])
     passed = _passed(basis, signs, basis_products, inside, ones, block_sizes, diagonal)
     shares = _Shares(T, passed["grams"])
     samples = shares.samples(ones)
@@ -156,13 +156,13 @@ def _estimate(
 
 
 class _Left(NamedTuple):
-    """What becomes of the splitting when signs are left out.
+    """What becomes of the splitting when l signs are left out, in b ways.
 
     Attributes:
-        lost: S, `(k, l)`: Q loses QS.
-        rest: Bv for each of these signs is W times a column of it, `(2k, l)`.
+        lost: S, `(b, k, l)`: Q loses QS.
+        rest: Bv for each of these signs is W times a column of it, `(b, 2k, l)`.
         inside: and the part of `H(I − P)v` within what is left of Q is Q times one,
-            `(k, l)`.
+            `(b, k, l)`.
     """
 
     lost: _Array
@@ -190,16 +190,17 @@ class _Split:
             inverse = (left / np.maximum(values, least)) @ right
             self._directions = inverse / np.linalg.norm(inverse, axis=0)
 
-    def without(self, draws: list[int]) -> _Left:
-        """Leaves out one sign or several."""
-        S = self._directions[:, draws]
-        if len(draws) > 1 and np.isfinite(S).all():
+    def without(self, draws: NDArray[np.int64]) -> _Left:
+        """Leaves out signs by their numbers, `(b, l)`."""
+        S = np.moveaxis(self._directions[:, draws], 0, 1)
+        if draws.shape[1] > 1 and np.isfinite(S).all():
             S = np.linalg.qr(S)[0]
-        d = self._of_signs[:, draws]
-        d = d - S @ (S.T @ d)
-        within = self._of_products[:, draws] - self.T @ d
-        outside = S @ (S.T @ within)
-        return _Left(S, np.concatenate([outside, -d]), within - outside)
+        d = np.moveaxis(self._of_signs[:, draws], 0, 1)
+        d = d - S @ (_transposed(S) @ d)
+        within = np.moveaxis(self._of_products[:, draws], 0, 1) - self.T @ d
+        outside = S @ (_transposed(S) @ within)
+        rest = np.concatenate([outside, -d], axis=1)
+        return _Left(S, rest, within - outside)
 
 
 def _passed(
@@ -207,14 +208,13 @@ def _passed(
     V: Sequence[Vector],
     Z: Sequence[Vector],
     inside: _Array,
-    ones: list[_Left],
+    ones: _Left,
     block_sizes: tuple[int, ...] | None,
     diagonal: bool,
 ) -> dict[str, _Array]:
     """All that is formed from long vectors, by block; the rest is small."""
     k, size = len(Q), len(Q[0])
-    rest = np.concatenate([one.rest for one in ones], axis=1)
-    S = np.concatenate([one.lost for one in ones], axis=1)
+    rest, S = ones.rest[:, :, 0].T, ones.lost[:, :, 0].T
     within = np.einsum("ki,kl,li->i", S, (inside + inside.T) / 2, S)[:, None]
     window = tall.Window([*Q, *Z, *V])
     blocks = 1 if block_sizes is None else len(block_sizes)
@@ -262,56 +262,59 @@ class _Shares:
     def __init__(self, T: _Array, grams: _Array):
         k = len(T)
         self._T, self._WW = T, grams[:, : 2 * k, : 2 * k]
-        self._WV = grams[:, : 2 * k, 2 * k :]
         self._C = np.block([[T, np.eye(k)], [np.eye(k), np.zeros((k, k))]])
-        CW = self._C @ self._WW
+        CW = self._CW = self._C @ self._WW
+        self._WV = grams[:, : 2 * k, 2 * k :]
+        self._CV = self._C @ self._WV
         self._trace = np.trace(CW, axis1=1, axis2=2)
-        self._pairs = _all_pairs(CW, np.swapaxes(CW, 1, 2))
+        self._pairs = _all_pairs(CW, _transposed(CW))
 
     def _removed(self, left: _Left) -> tuple[_Array, _Array]:
-        """F and M."""
-        S, eye = left.lost, np.eye(left.lost.shape[1])
+        """F and M, `(b, 2k, 2l)` and `(b, 2l, 2l)`."""
+        S = left.lost
         zeros = np.zeros_like(S)
         F = np.block([[S, zeros], [zeros, S]])
-        return F, np.block([[S.T @ self._T @ S, eye], [eye, 0 * eye]])
+        within = _transposed(S) @ self._T @ S
+        eye = np.broadcast_to(np.eye(S.shape[2]), within.shape)
+        return F, np.block([[within, eye], [eye, 0 * eye]])
 
-    def _known(self, left: _Left) -> tuple[_Array, _Array]:
-        """`tr K_aa`, `(n,)`, and `‖K_ab‖²`, `(n, n)`."""
-        F, M = self._removed(left)
-        of_F = self._WW @ F
-        MFF = M @ (F.T @ of_F)
-        mixed = _all_pairs(of_F @ M, self._C @ of_F)
-        pairs = self._pairs - mixed - mixed.T
-        pairs += _all_pairs(MFF, np.swapaxes(MFF, 1, 2))
-        return self._trace - np.trace(MFF, axis1=1, axis2=2), pairs
+    def _known(self, F: _Array, M: _Array) -> tuple[_Array, _Array]:
+        """`tr K_aa`, `(b, n)`, and `‖K_ab‖²`, `(b, n, n)`."""
+        of_F, C_of_F = _of_all(self._WW, F), _of_all(self._CW, F)
+        F, M = F[:, None], M[:, None]
+        MFF = M @ (_transposed(F) @ of_F)
+        mixed = _all_pairs(of_F @ M, C_of_F)
+        pairs = self._pairs - mixed - _transposed(mixed)
+        pairs += _all_pairs(MFF, _transposed(MFF))
+        return self._trace - np.trace(MFF, axis1=2, axis2=3), pairs
 
     def _rest(self, left: _Left) -> tuple[_Array, _Array, _Array]:
-        """`Wᵀ_a (Bv)_a`, `(n, 2k, l)`, and by block its products with Bv and more.
+        """`Wᵀ_a (Bv)_a`, `(b, n, 2k, l)`, and by block its products with Bv and more.
 
         Those are `(Bv)ᵀ_a (Bw)_a`, and the same and what `H(I − P)v` and Bw have in
-        common in the rows of the block, `(n, l, l)`.
+        common in the rows of the block, `(b, n, l, l)`.
         """
-        seen = self._WW @ left.rest
-        squares = left.rest.T @ seen
-        more = left.inside.T @ seen[:, : len(left.inside)]
-        return seen, squares, squares + more + np.swapaxes(more, 1, 2)
+        seen = _of_all(self._WW, left.rest)
+        rest, inside = left.rest[:, None], left.inside[:, None]
+        squares = _transposed(rest) @ seen
+        more = _transposed(inside) @ seen[:, :, : inside.shape[2]]
+        return seen, squares, squares + more + _transposed(more)
 
-    def samples(self, ones: list[_Left]) -> dict[str, _Array]:
+    def samples(self, ones: _Left) -> dict[str, _Array]:
         """What each sign tells alone, left out: `(n, k)`.
 
         Returns:
             Samples of the trace, of the squared norm of the rows, and of the part of
             it that is `‖Bv‖²`.
         """
-        found: dict[str, list[_Array]] = {"trace": [], "norm": [], "rest": []}
-        for number, one in enumerate(ones):
-            trace, pairs = self._known(one)
-            _, squares, rows = self._rest(one)
-            form = self._WV[:, :, number] @ one.rest[:, 0]
-            found["trace"].append(trace + form)
-            found["norm"].append(pairs.sum(1) + rows[:, 0, 0])
-            found["rest"].append(squares[:, 0, 0])
-        return {name: np.stack(each, axis=1) for name, each in found.items()}
+        trace, pairs = self._known(*self._removed(ones))
+        _, squares, rows = self._rest(ones)
+        form = np.einsum("nwb,bw->bn", self._WV, ones.rest[:, :, 0])
+        return {
+            "trace": (trace + form).T,
+            "norm": (pairs.sum(2) + rows[:, :, 0, 0]).T,
+            "rest": squares[:, :, 0, 0].T,
+        }
 
     def meetings(self, split: _Split, samples: dict[str, _Array]) -> dict[str, _Array]:
         """What signs tell two by two, both left out.
@@ -330,29 +333,42 @@ class _Shares:
         for name, form in forms.items():
             form[:, range(count), range(count)] = samples[name][:, :count]
         kernel, paired = np.zeros((count, n, n)), np.zeros((n, n))
-        for j in range(count):
-            for i in range(j):
-                left = split.without([i, j])
-                seen, squares, rows = self._rest(left)
-                V = self._WV[:, :, [i, j]]
-                # v_a · (Bw)_a, first by v.
-                mixed = np.swapaxes(V, 1, 2) @ left.rest
-                met = {"trace": symmetric(mixed), "norm": rows, "rest": squares}
-                for name, form in met.items():
-                    forms[name][:, i, j] = forms[name][:, j, i] = form[:, 0, 1]
-                F, M = self._removed(left)
-                of_V = self._C @ V - F @ (M @ (F.T @ V))
-                both = symmetric(np.outer(mixed[:, 0, 1], mixed[:, 1, 0]))
-                cross = symmetric(_all_pairs(seen, of_V))
-                kernel[[i, j]] += self._known(left)[1] + cross + both
-                paired += both
+        for j in range(1, count):
+            draws = np.stack([np.arange(j), np.full(j, j)], axis=1)
+            left = split.without(draws)
+            F, M = self._removed(left)
+            seen, squares, rows = self._rest(left)
+            V = np.moveaxis(self._WV[:, :, draws], 2, 0)
+            CV = np.moveaxis(self._CV[:, :, draws], 2, 0)
+            # v_a · (Bw)_a, first by v.
+            mixed = _transposed(V) @ left.rest[:, None]
+            met = {"trace": symmetric(mixed), "norm": rows, "rest": squares}
+            for name, form in met.items():
+                forms[name][:, :j, j] = forms[name][:, j, :j] = form[:, :, 0, 1].T
+            both = symmetric(mixed[:, :, 0, 1, None] * mixed[:, None, :, 1, 0])
+            told = self._known(F, M)[1] + both
+            F, M = F[:, None], M[:, None]
+            of_V = CV - F @ (M @ (_transposed(F) @ V))
+            told += symmetric(_all_pairs(seen, of_V))
+            kernel[:j] += told
+            kernel[j] += told.sum(0)
+            paired += both.sum(0)
         inner = np.maximum(paired / (count * (count - 1) / 2), 0)
         norms = samples["rest"].mean(1)
         spread = np.sqrt(np.outer(norms, norms) + inner**2)
         return {**forms, "kernel": kernel, "spread": spread}
 
 
+def _of_all(matrices: _Array, columns: _Array) -> _Array:
+    """Products of all with all: `(n, p, q)` and `(b, q, r)` to `(b, n, p, r)`."""
+    return np.moveaxis(np.tensordot(matrices, columns, ([2], [1])), 2, 0)
+
+
 def _all_pairs(x: _Array, y: _Array) -> _Array:
-    """Sums of `x_a ∘ y_b` for all pairs of blocks, `(n, n)`."""
-    found: _Array = x.reshape(len(x), -1) @ y.reshape(len(y), -1).T
-    return found
+    """Sums of `x_a ∘ y_b` for all pairs of blocks: `(…, n, ·, ·)` to `(…, n, n)`."""
+    x, y = (z.reshape(*z.shape[:-2], -1) for z in (x, y))
+    return x @ _transposed(y)
+
+
+def _transposed(matrices: _Array) -> _Array:
+    return np.swapaxes(matrices, -1, -2)
