@@ -74,7 +74,7 @@ class DominantSubspace:
     During training the dominant subspace of a Hessian turns slowly (Gur-Ari,
     Roberts, Dyer 2018). What one `update` learns about it, the next one uses: with
     12 products each, along the training of three small networks, the relative error of
-    the Frobenius norm was 5 % at the first look and 0.5 to 1.5 % from the third on,
+    the Frobenius norm was 4 % at the first look and 0.4 to 1.7 % from the third on,
     that of plain averages 6 to 10 % (benchmarks/results/subspace_tracking.json).
 
     ```python
@@ -84,9 +84,9 @@ class DominantSubspace:
         figures.frobenius_norm, figures.trace, figures.eigenvalues
     ```
 
-    The splitting is in `deflation`. The next Q comes from one step of block power
-    iteration, enlarged by the fresh products (Halko, Martinsson, Tropp 2011,
-    algorithms 4.1 and 4.4).
+    The splitting is in `deflation`, that of the first look in `left_out`. The next Q
+    comes from one step of block power iteration, enlarged by the products with signs
+    (Halko, Martinsson, Tropp 2011, algorithms 4.1 and 4.4).
 
     Args:
         k: number of directions to keep. Defaults to two thirds of the products of
