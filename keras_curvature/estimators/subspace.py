@@ -199,15 +199,17 @@ class DominantSubspace:
         inner = _inner(look)
         if width == budget or not (products.going and np.isfinite(inner).all()):
             return look, draws
-        of_found = tall.to_singular_vectors(found, inner, np.ones(width), width)
-        basis, values = found, np.linalg.norm(of_found, axis=1)
+        of_found = np.zeros((width, width))
+        coordinates = tall.to_singular_vectors(found, inner, np.ones(width), width)
+        of_found[: len(coordinates)] = coordinates
+        basis = found
         tall.complete(basis, width, products.size, products.dtype)
         made = products(basis)
         if len(made) == width:
-            values = np.append(values, np.zeros(width - len(values)))
+            values = np.linalg.norm(of_found, axis=1)
             return _Look(basis, signs, made, [], values), draws
         # They are what Q holds of them, and no more.
-        again = tall.combined(of_found.T, basis[: len(of_found)], products.dtype)
+        again = tall.combined(of_found.T, basis, products.dtype)
         return look._replace(fresh_products=again), draws
 
     def _known(self, products: Products, budget: int) -> list[Vector] | None:

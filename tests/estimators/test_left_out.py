@@ -194,3 +194,19 @@ def test_many_signs():
     assert abs(norm.value - np.sum(dense**2)) <= 4 * norm.standard_error
     error = np.abs(pairs.value - matrices.squared_norms_of_pairs(dense, (50, 70)))
     assert np.all(error <= 6 * pairs.standard_error)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_interruption_leaves_averages(rank):
+    """In the middle of the second half; Q holds what the first half was."""
+    dense = matrices.matrix(np.r_[[5.0, -3, 1][:rank], np.zeros(40 - rank)])
+    found = estimators.DominantSubspace().update(
+        dense, 12, progress=matrices.stop_after(8)
+    )
+    plain = estimators.DominantSubspace().update(
+        dense, 12, progress=matrices.stop_after(6)
+    )
+    assert found.num_matvecs > plain.num_matvecs
+    for name in ("trace", "frobenius_norm"):
+        one, other = getattr(found, name), getattr(plain, name)
+        np.testing.assert_allclose(one.value, other.value, rtol=1e-6, atol=1e-12)

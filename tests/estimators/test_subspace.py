@@ -398,7 +398,7 @@ def test_an_update_returns_what_is_known_when_told_to_stop():
     for warm, after in (
         (False, 4),  # Half of the sketch.
         (False, 12),
-        (False, 20),  # 8 for the sketch, 8 for Q, 4 of 8 fresh ones.
+        (False, 20),  # 12 for the sketch, 8 of 12 for Q: averages over the 12.
         (True, 20),  # 16 for Q, 4 of 8 fresh ones.
     ):
         subspace = seen(warm)
