@@ -42,8 +42,7 @@ def fresh(dense, products, seed):
     rng, third = np.random.default_rng(seed), products // 3
     draw = rng.choice([-1.0, 1.0], size=(len(dense), products - third))
     basis = np.linalg.qr(dense @ draw[:, :third])[0]
-    signs = draw[:, third:]
-    signs = list(signs[:, : products - 2 * third].T)
+    signs = list(draw[:, third:].T)
     outside = deflation.outside(list(basis.T), signs)
     return deflation.deflated_moments(
         list(basis.T),

@@ -41,9 +41,7 @@ def deflated(
     budget = estimators.check_budget(num_matvecs, tolerance)
     first = budget if tolerance is None else min(_FIRST, budget)
     diagonal = judged == "diagonal"
-    looks = subspace_looks(
-        operator, first, budget, seed, block_sizes, progress, diagonal
-    )
+    looks = _looks(operator, first, budget, seed, block_sizes, progress, diagonal)
     for figures, spent in looks:  # noqa: B007
         error = getattr(figures, judged).relative_standard_error
         if tolerance is not None and error is not None and error <= tolerance:
@@ -65,7 +63,7 @@ def _with_products(figures: Any, spent: int) -> Any:
     return dataclasses.replace(figures, **held | {"num_matvecs": spent})
 
 
-def subspace_looks(
+def _looks(
     operator: HessianOperator | TurnedOperator,
     first: int,
     budget: int,

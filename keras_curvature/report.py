@@ -7,7 +7,7 @@ import rich.console
 
 from keras_curvature import record as records
 from keras_curvature.analysis import operator_for
-from keras_curvature.deflated import subspace_looks
+from keras_curvature.deflated import deflated
 from keras_curvature.diagonal import diagonal_moments, keeps, with_subspace
 from keras_curvature.learning_rate import LearningRate, find_largest, suggestion
 from keras_curvature.progress import Progress
@@ -94,10 +94,11 @@ def curvature_summary(
         spent = diagonal.num_matvecs
         progress.place(before=spent)
         both = method == "auto" and keeps(operator, num_matvecs)
-        ((figures, products),) = subspace_looks(
-            operator, num_matvecs, num_matvecs, seed, operator.sizes, progress, both
+        wanted = "diagonal" if both else "frobenius_norm"
+        figures = deflated(
+            operator, wanted, num_matvecs, None, seed, operator.sizes, progress
         )
-        spent += products
+        spent += figures.num_matvecs
         if both:
             diagonal = with_subspace(operator, diagonal, figures)
         total = {"name": "total", "size": operator.shape[0]}

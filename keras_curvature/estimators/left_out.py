@@ -91,7 +91,9 @@ def left_out_moments(
     of_signs, of_products = np.split(tall.dot(tall_arrays, signs), 2)
     split = _Split(T, of_signs, of_products)
     ones = split.without(np.arange(k)[:, None])
-    passed = _passed(basis, signs, basis_products, inside, ones, block_sizes, diagonal)
+    passed = _passed(
+        basis, signs, basis_products, inside, T, ones, block_sizes, diagonal
+    )
     shares = _Shares(T, passed["grams"])
     samples = shares.samples(ones)
     met = shares.meetings(split, samples)
@@ -208,6 +210,7 @@ def _passed(
     V: Sequence[Vector],
     Z: Sequence[Vector],
     inside: _Array,
+    T: _Array,
     ones: _Left,
     block_sizes: tuple[int, ...] | None,
     diagonal: bool,
@@ -215,7 +218,7 @@ def _passed(
     """All that is formed from long vectors, by block; the rest is small."""
     k, size = len(Q), len(Q[0])
     rest, S = ones.rest[:, :, 0].T, ones.lost[:, :, 0].T
-    within = np.einsum("ki,kl,li->i", S, (inside + inside.T) / 2, S)[:, None]
+    within = np.einsum("ki,kl,li->i", S, T, S)[:, None]
     window = tall.Window([*Q, *Z, *V])
     blocks = 1 if block_sizes is None else len(block_sizes)
     grams = np.zeros((blocks, 3 * k, 3 * k))
@@ -224,9 +227,10 @@ def _passed(
     for block, part in tall.parts(size, block_sizes):
         rows = window(part)
         q, z, v = np.split(rows, 3)
+        within_Q = inside.T @ q
         if diagonal:
-            known = ((2 * z - inside.T @ q) * q).sum(0)
-        z -= inside.T @ q  # = Z⊥
+            known = ((2 * z - within_Q) * q).sum(0)
+        z -= within_Q  # = Z⊥
         grams[block] += rows @ rows.T
         r = rest.T @ rows[: 2 * k]  # = Bv
         shares, squares = v * r, r * r

@@ -199,11 +199,8 @@ class DominantSubspace:
         inner = _inner(look)
         if width == budget or not (products.going and np.isfinite(inner).all()):
             return look, draws
-        of_found = np.zeros((width, width))
-        coordinates = tall.to_singular_vectors(found, inner, np.ones(width), width)
-        of_found[: len(coordinates)] = coordinates
+        of_found = _complete(found, inner, np.ones(width), width)
         basis = found
-        tall.complete(basis, width, products.size, products.dtype)
         made = products(basis)
         if len(made) == width:
             values = np.linalg.norm(of_found, axis=1)
@@ -286,7 +283,7 @@ def _orthonormal(basis: NDArray[Any]) -> list[Vector] | None:
     if not vectors or not np.isfinite(inner).all():
         return None
     if abs(inner - np.eye(len(inner))).max(initial=0) > 1e-5:
-        return _completed(vectors, inner, np.ones(len(inner)), len(inner))
+        _complete(vectors, inner, np.ones(len(inner)), len(inner))
     return vectors
 
 
@@ -357,17 +354,25 @@ def _dominant(look: _Look, inner: NDArray[np.float64], count: int) -> list[Vecto
     look.basis_products.clear()
     others.clear()
     inner = inner[np.ix_(order, order)]
-    return _completed(vectors, inner, weights, min(count, len(vectors)))
+    _complete(vectors, inner, weights, min(count, len(vectors)))
+    return vectors
 
 
-def _completed(
+def _complete(
     vectors: list[Vector],
     inner: NDArray[np.float64],
     weights: NDArray[np.float64],
     count: int,
-) -> list[Vector]:
-    """Singular vectors in the place of vectors, as many as asked for."""
+) -> NDArray[np.float64]:
+    """Puts singular vectors in the place of vectors, as many as asked for.
+
+    Returns:
+        Their inner products with what was there, `(count, k)`; zero for those that only
+        make up the number.
+    """
     size, dtype = len(vectors[0]), vectors[0].dtype.name
-    tall.to_singular_vectors(vectors, inner, weights, count)
+    of_vectors = np.zeros((count, len(vectors)))
+    coordinates = tall.to_singular_vectors(vectors, inner, weights, count)
+    of_vectors[: len(coordinates)] = coordinates
     tall.complete(vectors, count, size, dtype)
-    return vectors
+    return of_vectors

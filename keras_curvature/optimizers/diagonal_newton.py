@@ -421,6 +421,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         """
         slots = [self._momentums, self._second_moments, self._curvatures]
         turned = [*self._side_vectors[index], *(slot[index] for slot in slots)]
+        every = [*self._side_moments[index], *turned]
         steps = self.iterations + 1
 
         def followed(moments: list[Any]) -> list[Any]:
@@ -440,8 +441,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 layer_axes.spread(h, sides, moves),
             ]
 
-        def as_they_are() -> list[Any]:
-            return [ops.convert_to_tensor(x) for x in turned]
+        def as_they_are(slots: list[Any]) -> list[Any]:
+            return [ops.convert_to_tensor(slot) for slot in slots]
 
         def taken() -> list[Any]:
             found = layer_axes.moments(gradient, sides)
@@ -451,17 +452,14 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                     self._side_moments[index], found, strict=True
                 )
             ]
-            due = ops.equal(steps % RENEWAL, 0)
-            return [*moments, *ops.cond(due, lambda: followed(moments), as_they_are)]
+            axes_due = ops.equal(steps % RENEWAL, 0)
+            moved = ops.cond(
+                axes_due, lambda: followed(moments), lambda: as_they_are(turned)
+            )
+            return [*moments, *moved]
 
-        def kept() -> list[Any]:
-            return [
-                *(ops.convert_to_tensor(x) for x in self._side_moments[index]),
-                *as_they_are(),
-            ]
-
-        values = ops.cond(ops.equal(steps % TAKEN_IN, 0), taken, kept)
-        every = [*self._side_moments[index], *turned]
+        due = ops.equal(steps % TAKEN_IN, 0)
+        values = ops.cond(due, taken, lambda: as_they_are(every))
         for slot, value in zip(every, values, strict=True):
             self.assign(slot, value)
 
