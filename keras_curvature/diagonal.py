@@ -144,18 +144,20 @@ def _curved(operator: HessianOperator) -> set[int]:
 def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
     """The method of samples that has the least error.
 
-    Where samples meet in the statistics of a batch, the Gauss–Newton part may be the
-    smaller one, and no samples are quieter than random signs in all layers.
+    Where samples meet in the statistics of a batch, samples at the layers' outputs are
+    noisier than random signs in some layers.
 
     Args:
         operator: a `HessianOperator`.
         usual: whether nothing was asked for that only layerwise samples know.
     """
+    if usual and is_split(operator):
+        return "shrunk"
     # Known before it is found out whether samples interact, which takes longer.
     meet = _opens(operator) and operator.evaluation.once(survey)[0].statistics
-    if (usual and meet) or not has_layers(operator):
+    if usual and meet or not has_layers(operator):
         return "hutchinson"
-    return "shrunk" if usual and is_split(operator) else "layerwise"
+    return "layerwise"
 
 
 def is_split(operator: HessianOperator) -> bool:

@@ -123,7 +123,12 @@ class SplitMoments:
             ]
             cost = (quiet.count or passes) / 2 + sum(part.count for part in noisy)
             found = estimators.summed(
-                quiet, noisy, math.ceil(cost), self._sizes, shrink
+                quiet,
+                noisy,
+                math.ceil(cost),
+                self._sizes,
+                shrink,
+                self.parts.alike,
             )
             if not going.on or spent >= budget or _precise(found, tolerance):
                 self._look_whether_chosen_still(shrink, quiet, noisy)

@@ -199,6 +199,7 @@ def summed(
     num_matvecs: int,
     block_sizes: tuple[int, ...],
     shrink: bool = True,
+    alike: bool = True,
 ) -> Moments:
     """The diagonal and the trace from both parts.
 
@@ -212,6 +213,7 @@ def summed(
         num_matvecs: what it took, for the estimates.
         block_sizes: sizes of consecutive groups of coordinates, adding up to P.
         shrink: whether to shrink r; the diagonal is unbiased otherwise.
+        alike: whether what is seen of r in some blocks tells of the others.
 
     Returns:
         A `Moments` without a Frobenius norm. Errors are `None` where r is left out, or
@@ -229,6 +231,7 @@ def summed(
             noise=np.stack([part.noise(block_sizes) for part in parts], 1),
             sizes=np.array(block_sizes),
             whole=whole,
+            alike=alike,
         )
         weights, common = sums.weights(), sums.relative_noise
         if shrink:
@@ -355,12 +358,14 @@ class _Sums:
         noise: squared errors of each part, `(blocks, parts)`.
         sizes: number of entries of each block.
         whole: whether the samples are those of g + r.
+        alike: whether what is seen of r in some blocks tells of the others.
     """
 
     products: _Array
     noise: _Array
     sizes: NDArray[np.int_]
     whole: bool
+    alike: bool
 
     @property
     def squares(self) -> _Array:
@@ -437,6 +442,8 @@ class _Sums:
         of_whole = _OF_THE_WHOLE * squares.sum() * self.sizes / self.sizes.sum()
         left = np.maximum(left, np.where(seen, of_whole / scale, 0))
         possible = np.minimum(allowed, max(_POSSIBLE, together))
+        if not self.alike:
+            possible = np.where(seen & telling, np.maximum(own, 0) + error, possible)
         # Where a block tells nothing of itself, what its samples show may all be so.
         alone = np.where(seen & ~telling, distance / scale, 0)
         possible = np.maximum(possible, alone)

@@ -41,7 +41,19 @@ def find_structure(evaluation: Evaluation) -> Structure:
     Raises:
         ValueError: for the loss of a plain function.
     """
-    structure, not_linear = evaluation.once(survey)
+    return checked(evaluation, *evaluation.once(survey))
+
+
+def checked(
+    evaluation: Evaluation, structure: Structure, not_linear: list[Any]
+) -> Structure:
+    """A surveyed structure whose rules hold, and whether its samples interact.
+
+    Args:
+        evaluation: of a `TrainingLoss`.
+        structure: what was surveyed, or a part of it.
+        not_linear: layers that the survey left out of it.
+    """
     opened = structure.of_first_order
     if not opened.uses:
         _warn(not_linear)

@@ -23,13 +23,13 @@ from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
-from keras_curvature.layerwise.checks import find_structure
+from keras_curvature.layerwise.checks import checked, find_structure
 from keras_curvature.layerwise.opened import Place
 from keras_curvature.layerwise.output_roots import Forms, Roots, find_forms
 from keras_curvature.layerwise.penalties import exact_penalty
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.sampled import Draw, Samples
-from keras_curvature.layerwise.structure import Name, Structure
+from keras_curvature.layerwise.structure import Name, Structure, survey
 from keras_curvature.loss import State
 
 
@@ -44,6 +44,9 @@ class SplitDiagonal:
     Attributes:
         possible: whether the parts can be told from each other. Nothing else may be
             asked for where they cannot.
+        alike: whether what is seen of the second part in some variables tells of the
+            others. Where samples interact, as in statistics of the batch, it is many
+            times the first part in some layers, and less than it in others.
         num_outputs: scalar outputs for each sample: the backward passes of the exact
             first part. Infinite where it is not to be had from the layers alone.
         gauss_newton: `Samples` of the first part.
@@ -52,13 +55,16 @@ class SplitDiagonal:
     """
 
     def __init__(self, evaluation: Evaluation):
-        found = evaluation.once(find_structure)
-        # The layers that give the outputs stay open: without them the outputs might be
-        # others, behind an activation, and so might be the two parts.
-        last = {o.layer for o in found.outputs if isinstance(o, Place)}
-        alone = dataclasses.replace(found, chained=None, statistics={})
-        alone = alone.without(set(found.layers) - last)
-        structure = found if found.samples_independent else alone
+        surveyed, not_linear = evaluation.once(survey)
+        if surveyed.statistics:
+            # Samples meet between the layers, whatever else is found out about them.
+            alone = checked(evaluation, _outputs_alone(surveyed), not_linear)
+            self.alike, structure = False, alone
+        else:
+            found = evaluation.once(find_structure)
+            alone = _outputs_alone(found)
+            self.alike = found.samples_independent
+            structure = found if self.alike else alone
         opened = structure.of_first_order
         forms = find_forms(evaluation, opened)
         self.possible = forms is not None
@@ -109,6 +115,17 @@ class SplitDiagonal:
                 for i, penalty in enumerate(_penalties(recording))
             ]
         )
+
+
+def _outputs_alone(found: Structure) -> Structure:
+    """The same with the layers alone that give the outputs.
+
+    These stay open: without them the outputs might be others, behind an activation,
+    and so might be the two parts.
+    """
+    last = {o.layer for o in found.outputs if isinstance(o, Place)}
+    alone = dataclasses.replace(found, chained=None, statistics={})
+    return alone.without(set(found.layers) - last)
 
 
 def _of_gauss_newton(

@@ -143,6 +143,22 @@ def test_a_rest_larger_than_the_first_part_is_reckoned_with(products):
     assert np.mean(covered) > 0.9
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_rest_that_a_block_unlike_all_others_has(alike):
+    """Noise hides it there, and the others tell nothing of it."""
+    covered = []
+    block = slice(SIZES[0] + SIZES[1], sum(SIZES[:3]))
+    for seed in range(16):
+        truth = Truth(seed, 40.0, slope=0.0, rest=0.1)
+        truth.r[block] *= 120
+        g, rest = truth.parts(kinds=((3, 1.0),))
+        diagonal = summed(g, rest, 4, SIZES, alike=alike).diagonal
+        distance = np.abs(value(diagonal) - truth.g - truth.r)
+        covered.append((distance <= 2 * error(diagonal))[block])
+    # Many of its samples show less than there is.
+    assert np.mean(covered) < 0.75 if alike else np.mean(covered) > 0.9
+
+
 def test_a_rest_that_only_a_small_block_has_is_reckoned_with():
     """Two samples of a single entry tell neither its noise nor what it is."""
     covered, small = [], slice(930, 931)

@@ -1,5 +1,7 @@
 """The diagonal in two parts, each from samples, on every backend."""
 
+import itertools
+
 import cases
 import keras
 import numpy as np
@@ -94,6 +96,46 @@ def test_forms_are_seen(loss, activation, form):
     op = kc.HessianOperator(model, cases._numbers(6, 3), cases._one_hot(6, 3))
     forms = find_forms(op.evaluation, survey(op.evaluation)[0])
     assert (forms and forms.forms) == (form and (form,))
+
+
+def normalized(epochs):
+    """A convolutional network with batch statistics, and data to train it on."""
+    keras.utils.set_random_seed(0)
+    model = cases.sequential(
+        layers.Input((6, 6, 1)),
+        layers.Conv2D(4, 3, use_bias=False),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.Conv2D(6, 3, use_bias=False),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(3),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
+    )
+    x, y = cases._numbers(24, 6, 6, 1), cases._one_hot(24, 3)
+    model.fit(x, y, batch_size=24, epochs=epochs, verbose=0)
+    return kc.HessianOperator(model, x, y)
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+def test_where_samples_meet_in_the_statistics_of_a_batch(epochs):
+    """Nowhere near as noisy as random signs, and honest about it."""
+    op = normalized(epochs)
+    assert sampled_method(op) == "shrunk"
+    truth = ops.convert_to_numpy(diagonal_moments(op, "exact").diagonal.value)
+    squares, within, beyond = {"shrunk": 0.0, "hutchinson": 0.0}, [], []
+    for seed, method in itertools.product(range(6), squares):
+        found = diagonal_moments(op, method, 4, seed=seed).diagonal
+        distance = np.abs(ops.convert_to_numpy(found.value) - truth)
+        squares[method] += np.sum(distance**2)
+        if method == "shrunk":
+            errors = ops.convert_to_numpy(found.standard_error)
+            within.append(np.mean(distance <= 2 * errors))
+            beyond.append(np.mean(distance > 6 * errors))
+    assert squares["shrunk"] < 0.65**2 * squares["hutchinson"]
+    assert np.mean(within) > 0.9
+    assert np.mean(beyond) < 0.01
 
 
 def test_methods():
