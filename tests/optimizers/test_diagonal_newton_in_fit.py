@@ -206,6 +206,24 @@ def test_weight_decay_exclusions():
     np.testing.assert_allclose(dense.kernel.numpy(), 0.9 * before, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "decay"),
+    [({}, 0.01), ({"axes": None}, 0.0), ({"weight_decay": 0}, 0.0)],
+    ids=["axes", "entries", "none"],
+)
+def test_what_has_axes_decays_by_default(options, decay):
+    """Kernels with two sides, and neither vectors nor single columns."""
+    optimizer = DiagonalNewton(0.5, **options)
+    variables = [keras.Variable(np.ones(s)) for s in ((4, 3), (4, 1), (3,))]
+    optimizer.build(variables)
+    optimizer.apply([ops.zeros(v.shape) for v in variables])
+    for variable, expected in zip(variables, (1 - 0.5 * decay, 1, 1), strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, 1e-6)
+    again = DiagonalNewton.from_config(optimizer.get_config())
+    assert again.get_config() == optimizer.get_config()
+    assert again.get_config()["weight_decay"] == options.get("weight_decay")
+
+
 # Save and resume
 
 
