@@ -30,7 +30,8 @@ ALONG_AXES = 0.95, 1.0
 MOMENT_DECAY = 0.95
 TAKEN_IN = 2
 
-#: Decay of variables that have axes, per step of rate one.
+#: Decay of variables that have axes, per step of rate one, without curvature: Newton
+#: steps would be short beside it where the loss is steep.
 DECAY_ALONG_AXES = 0.01
 
 #: The steps between two renewals of axes, and of the trust radius along them; a
@@ -153,8 +154,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         weight_decay: float or `None`. Decoupled: each step takes
             `learning_rate * weight_decay` of each variable off it. Learning rates
             here are ten times Adam's, so decays are a tenth. `None`, the default: 0.01
-            for variables that have axes, and none for others. 0 for none at all, as
-            where a loss shall fall by decades: differential equations, say.
+            for variables that have axes, as long as no curvature was delivered, and
+            none for others. 0 for none at all, as where a loss shall fall by decades:
+            differential equations, say.
         clipnorm: float or `None`: upper limit for the norm of each gradient.
         clipvalue: float or `None`: upper limit for each entry of the gradients.
         global_clipnorm: float or `None`: upper limit for the norm of all gradients.
@@ -197,7 +199,7 @@ class DiagonalNewton(keras.optimizers.Optimizer):
     ):
         super().__init__(
             learning_rate=learning_rate,
-            weight_decay=DECAY_ALONG_AXES if weight_decay is None else weight_decay,
+            weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
@@ -233,7 +235,6 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 f"for the axes of each layer. Received: axes={axes!r}"
             )
         self.axes = axes
-        self._decays_all = weight_decay is not None
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.beta_3 = beta_3
@@ -365,19 +366,6 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         beta_3, nu = (u if x is None else x for u, x in zip(usual, given, strict=True))
         return beta_3, nu
 
-    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        """Takes the decay off variables; Keras calls this before each step."""
-        if not self._decays_all:
-            numbers = [self._get_variable_index(variable) for variable in variables]
-            variables = [
-                variable
-                for variable, i in zip(variables, numbers, strict=True)
-                if self._sides[i] is not None
-            ]
-        # Keras fails on PyTorch where there are none.
-        if any(self._use_weight_decay(variable) for variable in variables):
-            super()._apply_weight_decay(variables)
-
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Moves one variable.
 
@@ -414,6 +402,9 @@ class DiagonalNewton(keras.optimizers.Optimizer):
         if sides is not None:
             direction = layer_axes.turned_back(direction, sides, vectors)
             self._renew(index, gradient, sides, vectors)
+            if self.weight_decay is None and self._use_weight_decay(variable):
+                alone = ops.equal(self._curvature_updates, 0)
+                direction += DECAY_ALONG_AXES * ops.cast(alone, dtype) * values
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * direction)
 
     def _radius_of(
@@ -781,7 +772,6 @@ class DiagonalNewton(keras.optimizers.Optimizer):
                 "radius": self.radius,
                 "relative_radius": self.relative_radius,
                 "axes": self.axes,
-                "weight_decay": self.weight_decay if self._decays_all else None,
                 "beta_3": self.beta_3,
                 "nu": self.nu,
             }

@@ -212,13 +212,22 @@ def test_weight_decay_exclusions():
     ids=["axes", "entries", "none"],
 )
 def test_what_has_axes_decays_by_default(options, decay):
-    """Kernels with two sides, and neither vectors nor single columns."""
+    """Kernels with two sides, and neither vectors nor single columns.
+
+    Nor what is excluded; and nothing any more once there is curvature.
+    """
     optimizer = DiagonalNewton(0.5, **options)
+    optimizer.exclude_from_weight_decay(var_names=["excluded"])
     variables = [keras.Variable(np.ones(s)) for s in ((4, 3), (4, 1), (3,))]
+    variables.append(keras.Variable(np.ones((4, 3)), name="excluded"))
     optimizer.build(variables)
-    optimizer.apply([ops.zeros(v.shape) for v in variables])
-    for variable, expected in zip(variables, (1 - 0.5 * decay, 1, 1), strict=True):
-        np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, 1e-6)
+    zeros = [ops.zeros(v.shape) for v in variables]
+    expected = (1 - 0.5 * decay, 1, 1, 1)
+    for _ in range(2):
+        optimizer.apply(zeros)
+        for variable, value in zip(variables, expected, strict=True):
+            np.testing.assert_allclose(ops.convert_to_numpy(variable), value, 1e-6)
+        optimizer.update_hessian_diagonal(zeros)
     again = DiagonalNewton.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
     assert again.get_config()["weight_decay"] == options.get("weight_decay")
