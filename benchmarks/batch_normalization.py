@@ -16,7 +16,7 @@ from keras import layers
 from keras_curvature import HessianOperator
 
 REPETITIONS = {1: 32, 4: 8, 16: 4}
-METHODS = ("layerwise", "hutchinson", "deflated")
+METHODS = ("shrunk", "layerwise", "hutchinson", "deflated")
 
 
 def _normalized(x, layer):

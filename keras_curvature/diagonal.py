@@ -268,18 +268,18 @@ def diagonal_moments(
         rest = " and ".join(f"sampled along {_PLACES[kind]}" for kind in kinds)
         return _told(moments, operator, f"Gauss-Newton part, and the rest {rest}")
     if method == "gauss_newton":
-        gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)
-        if not sampled:
-            diagonal, passes = gauss_newton.compute(max_matvecs, axes)
-            moments = estimators.moments_of_diagonal(
-                diagonal, passes, operator.sizes, operator.place
-            )
-            return _told(moments, operator, "Gauss-Newton, exact")
         told = "Gauss-Newton, sampled"
-        if is_split(operator):
+        if sampled and is_split(operator):
             # In closed form, for any number of classes.
             draw = _split(operator).parts.gauss_newton
         else:
+            gauss_newton = operator.evaluation.once(GaussNewtonDiagonal)
+            if not sampled:
+                diagonal, passes = gauss_newton.compute(max_matvecs, axes)
+                moments = estimators.moments_of_diagonal(
+                    diagonal, passes, operator.sizes, operator.place
+                )
+                return _told(moments, operator, "Gauss-Newton, exact")
             draw = gauss_newton.samples
         ways: Mapping[str, str] | None = None
     else:

@@ -41,8 +41,9 @@ class GaussNewtonDiagonal:
             raise ValueError(
                 "The Gauss–Newton diagonal is computed sample by sample, and the "
                 "samples of this model interact (BatchNormalization with batch "
-                "statistics, or a layer that mixes the batch). Use training=False, or "
-                'method="hutchinson".'
+                "statistics, or a layer that mixes the batch). Pass `num_matvecs` for "
+                "an estimate from samples, which losses convex in the outputs allow, "
+                "or use training=False."
             )
         self._count = sum(output_sizes(self._structure))
         self._uncovered = [

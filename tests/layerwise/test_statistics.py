@@ -12,7 +12,7 @@ from diagonals import assert_close, assert_unbiased, operator
 from keras import layers, ops
 
 import keras_curvature as kc
-from keras_curvature.layerwise import ExactDiagonal, Plan
+from keras_curvature.layerwise import ExactDiagonal, Plan, SplitDiagonal
 
 BatchNorm = layers.BatchNormalization
 
@@ -260,10 +260,33 @@ def test_the_model_is_untouched():
         np.testing.assert_array_equal(variable, value)
 
 
-def test_gauss_newton_is_refused():
-    op = probed(in_sequence)[1]
-    with pytest.raises(ValueError, match="samples .* interact"):
+@pytest.mark.parametrize("make", NETWORKS)
+def test_both_parts_are_unbiased_together(make):
+    _, op, expected = probed(make)
+    parts = op.evaluation.once(SplitDiagonal)
+    assert parts.possible and not parts.alike
+    pair = parts.gauss_newton, parts.rest["parameters"]
+    drawn = [diagonals.drawing(one)(0, 0, 128) for one in pair]
+    assert_unbiased(sum(drawn), expected)
+
+
+def test_gauss_newton_by_samples_alone():
+    """The exact diagonal would need the statistics as well."""
+    case, op, _ = probed(in_sequence)
+    with pytest.raises(ValueError, match="samples .* interact.*num_matvecs"):
         kc.hessian_diagonal(op, method="gauss_newton")
+    found = kc.hessian_diagonal(op, method="gauss_newton", num_matvecs=512)
+    values = [v.value for v in case.model.trainable_variables]
+    with tf.GradientTape() as tape:
+        outputs = tf.reshape(case.model(case.x, training=True), [-1])
+    jacobian = tape.jacobian(outputs, values, unconnected_gradients="zero")
+    rows = [np.reshape(j, (len(outputs), -1)) for j in jacobian]
+    # Mean squared errors: S is twice the unit matrix over the number of outputs.
+    truth = 2 / len(outputs) * np.sum(np.concatenate(rows, axis=1) ** 2, axis=0)
+    distance = np.abs(op.flatten(found.value) - truth)
+    errors = op.flatten(found.standard_error)
+    assert np.all(distance <= 6 * errors + 1e-9)
+    assert np.mean(errors) < 0.1 * np.mean(truth)
 
 
 def test_hessian_diagonal_goes_by_layer_outputs():
