@@ -40,6 +40,10 @@ _MOST_TRIED, _TELLING = 8, 2**15
 #: The budget that kinds are chosen for.
 _PLANNED = 8
 
+#: Where samples interact, models of more parameters get samples of the whole untried: a
+#: graph of their own for others takes longer to compile than it gains.
+_LARGE = 2**20
+
 #: Kinds are chosen anew when the noise of a sample, over the first part, is this many
 #: times what it was, or less by as much: a network that was wrong may have learned.
 _CHANGED = 4
@@ -159,6 +163,8 @@ class SplitMoments:
         choices = [(kind,) for kind in rest] + [rest] * (len(rest) > 1)
         if shrink:
             choices.append((WHOLE,))
+        if not self.parts.alike and shrink and sum(self._sizes) > _LARGE:
+            return (WHOLE,)
         if len(choices) == 1:
             return choices[0]
         g = self._try("", operator)
