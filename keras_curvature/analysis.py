@@ -25,6 +25,7 @@ from keras_curvature.diagonal import (
     check_choice,
     chosen,
     diagonal_moments,
+    method_of_trace,
 )
 from keras_curvature.estimators import Estimate
 from keras_curvature.operators import HessianOperator
@@ -75,12 +76,13 @@ def hessian_diagonal(
 
     `"layerwise"` is Curvature Propagation (Martens, Sutskever, Swersky 2012) as one
     Hessian-vector product per sample; a single one is often better than a hundred of
-    Hutchinson's (Bekas, Kokiopoulou, Saad 2007), which are the fallback for models
-    whose samples interact. `"deflated"` knows that part of H exactly which its dominant
-    subspace tells, see `keras_curvature.estimators.left_out`: with sixteen products or
-    more it is the most precise by far where few eigenvalues dominate, as in small
-    networks. The Gauss–Newton diagonal leaves the model's own curvature
-    out; it is not negative if the loss is convex in the outputs.
+    Hutchinson's (Bekas, Kokiopoulou, Saad 2007). Hutchinson's are the fallback for
+    models whose samples interact, as in BatchNormalization, where neither these nor
+    shrunk ones are to be had. `"deflated"` knows that part of H exactly which its
+    dominant subspace tells, see `keras_curvature.estimators.left_out`: with sixteen
+    products or more it is the most precise by far where few eigenvalues dominate, as in
+    small networks. The Gauss–Newton diagonal leaves the model's own curvature out; it
+    is not negative if the loss is convex in the outputs.
 
     Args:
         model: a compiled Keras model, or a `HessianOperator`.
@@ -168,10 +170,6 @@ def _axes_of(operator: HessianOperator, axes: Sequence[Any]) -> list[Axes]:
     return found
 
 
-#: Methods that give a diagonal, and better ones if only its sum is asked for.
-_OF_TRACE = {"shrunk": "split", "hutchinson": "deflated"}
-
-
 def hessian_trace(
     model: Any,
     x: Any = None,
@@ -229,7 +227,7 @@ def hessian_trace(
     operator = operator_for(model, x, y, options)
     if method == "auto":
         method, _ = chosen(operator, num_matvecs, seed)
-        method = _OF_TRACE.get(method, method)
+        method = method_of_trace(operator, method)
     with Progress(operator.evaluation, verbose) as progress:
         if method == "deflated":
             sizes = operator.sizes

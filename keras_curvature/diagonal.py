@@ -160,6 +160,21 @@ def sampled_method(operator: HessianOperator, usual: bool = True) -> str:
     return "layerwise"
 
 
+def method_of_trace(operator: HessianOperator, method: str) -> str:
+    """What is better than a method of the diagonal if only the sum is asked for.
+
+    Args:
+        operator: a `HessianOperator`.
+        method: what was chosen for the diagonal.
+    """
+    if method == "hutchinson":
+        return "deflated"
+    if method == "shrunk":
+        # Where samples interact a subspace tells as much, and nothing new is compiled.
+        return "split" if _split(operator).parts.alike else "deflated"
+    return method
+
+
 def is_split(operator: HessianOperator) -> bool:
     """Whether the Gauss–Newton part of the diagonal can be told from the rest."""
     return _opens(operator) and operator.evaluation.once(SplitMoments).possible

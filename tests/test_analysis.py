@@ -210,6 +210,7 @@ def test_auto_where_samples_interact(monkeypatch):
     assert sampled.num_matvecs == diagonal.LAYERWISE_SAMPLES
     distance = np.abs(flat(sampled.value) - np.diag(h))
     assert np.all(distance <= 6 * flat(sampled.standard_error) + 1e-6)
+    # A subspace, which is everything here: samples would have an error.
     trace = kc.hessian_trace(op, num_matvecs=len(h))
     np.testing.assert_allclose(trace.value, np.trace(h), rtol=1e-6)
 
