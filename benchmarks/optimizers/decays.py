@@ -2,7 +2,7 @@
 
     python benchmarks/optimizers/decays.py [--tasks …]
 
-All else is the optimizer's default, the learning rate included. Three seeds that nothing
+All else is the optimizer's default, the learning rate too. Three seeds that nothing
 was tuned on.
 """
 
