@@ -23,7 +23,9 @@ believed as far as its samples agree, block by block (a block is a variable):
 The error that is given counts both what is random and what shrinking leaves out: the
 mean square of `(1 − w) (r − ρ g)` is what the samples show of it, in the block itself
 as far as it can be seen there, and relative to g in all blocks together; in a block of
-so few entries that its noise cannot be told from what it is, all that they show.
+so few entries that its noise cannot be told from what it is, all that they show. Where
+blocks are not alike, no other one tells what a block may hide: there it is as much as
+its own noise allows.
 """
 
 import dataclasses
@@ -441,9 +443,10 @@ class _Sums:
         left = np.maximum(left, np.where(telling, _surely(own, error), 0))
         of_whole = _OF_THE_WHOLE * squares.sum() * self.sizes / self.sizes.sum()
         left = np.maximum(left, np.where(seen, of_whole / scale, 0))
-        possible = np.minimum(allowed, max(_POSSIBLE, together))
-        if not self.alike:
-            possible = np.where(seen & telling, np.maximum(own, 0) + error, possible)
+        if self.alike:
+            possible = np.minimum(allowed, max(_POSSIBLE, together))
+        else:
+            possible = np.maximum(own, 0) + error
         # Where a block tells nothing of itself, what its samples show may all be so.
         alone = np.where(seen & ~telling, distance / scale, 0)
         possible = np.maximum(possible, alone)

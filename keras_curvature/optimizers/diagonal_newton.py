@@ -108,8 +108,8 @@ class DiagonalNewton(keras.optimizers.Optimizer):
 
     *Without curvature*, before the first delivery, what remains is Adam's step
     everywhere. In the axes of layers that is what most networks need, and no less than
-    curvature gives them. A warning tells of it once where no variable has axes: what
-    is linear, or badly scaled, needs curvature.
+    curvature gives them; weights with axes decay by default then. A warning tells of it
+    once where no variable has axes: what is linear, or badly scaled, needs curvature.
 
     From AdaHessian (Yao et al., AAAI 2021, arXiv 2006.00719) comes momentum divided
     by a debiased average of the diagonal. It averages the squares of single noisy
