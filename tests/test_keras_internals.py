@@ -486,6 +486,7 @@ UNDOCUMENTED = {"original_scope", "inner_optimizer", "distribute_strategy"}
 ALLOWED = {
     ("optimizers/diagonal_newton.py", "_get_variable_index"),
     ("optimizers/diagonal_newton.py", "_trainable_variables"),
+    ("optimizers/diagonal_newton.py", "_use_weight_decay"),
     ("data_sets.py", "_iterator"),
 }
 

@@ -37,6 +37,7 @@ def parts_of(cancelled, seed=0):
     of_r.once = of_r
     parts = types.SimpleNamespace(
         possible=True,
+        alike=True,
         num_outputs=float("inf"),
         gauss_newton=of_g,
         rest={"parameters": of_r},
