@@ -1,9 +1,10 @@
 """How wrong sampled diagonals are under BatchNormalization with batch statistics.
 
 The relative error ‖estimate − exact‖ / ‖exact‖ (root mean square over repetitions) of
-samples at the layers' outputs, of random signs on the parameters and of a dominant
-subspace, of the whole diagonal and of each variable. A sample of either takes one
-product; what it costs in gradients is measured in the same run.
+the shrunk diagonal, which is the default, of samples at the layers' outputs, of random
+signs on the parameters and of a dominant subspace, of the whole diagonal and of each
+variable. A sample of any takes one product, or what counts as one; what it costs in
+gradients is measured in the same run.
 """
 
 import keras

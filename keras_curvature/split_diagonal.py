@@ -159,12 +159,12 @@ class SplitMoments:
         return self._kinds[shrink]
 
     def _quietest(self, operator: HessianOperator, shrink: bool) -> tuple[str, ...]:
+        if shrink and not self.parts.alike and sum(self._sizes) > _LARGE:
+            return (WHOLE,)
         rest = tuple(self.parts.rest)
         choices = [(kind,) for kind in rest] + [rest] * (len(rest) > 1)
         if shrink:
             choices.append((WHOLE,))
-        if not self.parts.alike and shrink and sum(self._sizes) > _LARGE:
-            return (WHOLE,)
         if len(choices) == 1:
             return choices[0]
         g = self._try("", operator)

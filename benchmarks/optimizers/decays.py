@@ -6,18 +6,16 @@ All else is the optimizer's default, the learning rate too. Three seeds that not
 was tuned on.
 """
 
-import argparse
 import os
 import pathlib
 import sys
-import warnings
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
-import measure
+import by_task
 import numpy as np
 from methods import METHODS
 from tasks import TASKS
@@ -35,7 +33,7 @@ NETWORKS = tuple(name for name in TASKS if name not in ("logistic", "regression"
 
 
 def of_task(task):
-    """The row of one task."""
+    """The row of one task, in a list."""
     method, row = METHODS["defaults, without curvature"], {"task": task}
     for decay in DECAYS:
         with mock.patch.object(diagonal_newton, "DECAY_ALONG_AXES", decay):
@@ -44,16 +42,9 @@ def of_task(task):
         row[f"{decay:g}"] = float(np.mean(losses))
         row[f"spread, {decay:g}"] = float(np.std(losses, ddof=1))
     print(row, flush=True)
-    return row
+    return [row]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    results = []
-    for chosen in parser.parse_args().tasks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(of_task(chosen))
-        measure.save("decays", results)
-    measure.print_table("Held-out losses by the default weight decay", results)
+    title = "Held-out losses by the default weight decay"
+    by_task.main(__doc__, NETWORKS, of_task, "decays", title)

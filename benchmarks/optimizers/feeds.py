@@ -8,18 +8,17 @@ one that was tuned for samples of the Hessian, and three seeds that nothing was 
 on; the held-out loss is that of the best rate.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import pathlib
 import sys
-import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
+import by_task
 import measure
 import numpy as np
 from methods import METHODS
@@ -78,12 +77,4 @@ def of_task(task):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    results = []
-    for chosen in parser.parse_args().tasks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results += of_task(chosen)
-        measure.save("feeds", results)
-    measure.print_table("Feeds in the axes of the layers", results)
+    by_task.main(__doc__, NETWORKS, of_task, "feeds", "Feeds in the axes of the layers")
