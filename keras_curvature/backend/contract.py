@@ -30,7 +30,7 @@ Conventions:
 | `current_trace()` | what is being traced now, to compare with `is`/`==`: the body of a loop is a trace of its own, whose tensors cannot leave it |
 | `twice_differentiable()` | context in which second derivatives are right: around tracing *and* running |
 | `map_range(function, count)` | the tensors `function(i)` for `i < count`, all at once where that can be, stacked along a new first axis |
-| `loop_range(function, count)` | the same, one after the other: the memory of one. `count` may be a tensor where a dimension varies from call to call |
+| `loop_range(function, count, most=None)` | the same, one after the other: the memory of one. `count` may be a tensor where a dimension varies from call to call; with `most`, which it does not exceed, anywhere, and rows beyond `count` may follow, of which nothing is said |
 | `sum_range(function, count, at_once)` | `Σ_i function(i)`, `at_once` of them together; `function` returns a list of tensors, and must return zeros for `i ≥ count`, which the last pass may reach |
 | `sum_chunks(function, arrays, rows)` | `Σ function(*chunks)` over chunks of that many rows of all arrays |
 | `by_entries(function, *tensors)` | `function(*tensors)`, a list of tensors, where each entry along their last axis, which all have in common, depends on the same entry of the tensors alone: a few at a time where nothing puts operations together |

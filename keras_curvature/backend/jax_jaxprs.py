@@ -221,11 +221,21 @@ def map_range(function: Callable[[Tensor], Tensor], count: int) -> Tensor:
     return jax.vmap(body)(_indices(count))
 
 
-def loop_range(function: Callable[[Tensor], Tensor], count: int) -> Tensor:
+def loop_range(
+    function: Callable[[Tensor], Tensor], count: int | Tensor, most: int | None = None
+) -> Tensor:
     """See the contract."""
-    if count == 1:
+    if (most or count) == 1:
         return function(_indices(1)[0])[None]
-    return lax.map(_Body(function).in_loop, _indices(count))
+    body = _Body(function)
+    if most is None:
+        return lax.map(body.in_loop, _indices(count))
+
+    def step(i: Tensor, rows: Tensor) -> Tensor:
+        return jax.tree.map(lambda x, row: x.at[i].set(row), rows, body.in_loop(i))
+
+    none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), body.shapes)
+    return lax.fori_loop(0, count, step, none)
 
 
 def sum_range(

@@ -178,12 +178,14 @@ def map_range(function: Callable[[Tensor], Any], count: int) -> Any:
     return mapped
 
 
-def loop_range(function: Callable[[Tensor], Any], count: int | Tensor) -> Any:
+def loop_range(
+    function: Callable[[Tensor], Any], count: int | Tensor, most: int | None = None
+) -> Any:
     """See the contract.
 
     Its graph is made once, which counts where it is a whole backward pass.
     """
-    static = tf.get_static_value(count)
+    static = 1 if most == 1 else tf.get_static_value(count)
     if static == 1 or tf.executing_eagerly():
         results = [function(tf.constant(i)) for i in range(int(static))]
         return tree.map_structure(lambda *parts: tf.stack(parts), *results)

@@ -146,9 +146,12 @@ def _at_once(function: Callable[[Any], Any], start: int, stop: int) -> Any:
     return torch.vmap(function)(torch.arange(start, stop, device=_place()))
 
 
-def loop_range(function: Callable[[Any], Tensor], count: int) -> Tensor:
+def loop_range(
+    function: Callable[[Any], Tensor], count: int | Tensor, most: int | None = None
+) -> Tensor:
     """See the contract."""
-    return torch.stack([function(i) for i in range(count)])
+    del most
+    return torch.stack([function(i) for i in range(int(count))])
 
 
 def sum_range(

@@ -153,27 +153,30 @@ def coupling(recording: LayerRecording, key: Tensor) -> Tensor:
     """How far the loss is from a function of the outputs plus one of the rest.
 
     Then `M = Jᵀ S J + R` has no other mixed terms, which all that tells G from
-    R relies on. A loss that multiplies an output with something else has them.
+    R relies on. A loss that multiplies an output with something else has them. No
+    derivative of what comes before the outputs is needed to see that.
 
     Args:
         recording: a `LayerRecording` with outputs.
-        key: key of the direction.
+        key: key of the directions.
 
     Returns:
-        The largest relative distance between `M v` and `Jᵀ S v` over all shifts, for
-        a random move `v` of the outputs, a scalar.
+        How far a random move of all the rest changes the slopes by the outputs while
+        these stay, relative to what a move of the outputs does; a scalar.
     """
-    space = OutputSpace(recording)
-    probed: list[Name] = list(
-        dict.fromkeys([*recording.structure.direct, *recording.shifts, *space.names])
+    cut = recording.cut()
+    outputs = OutputSpace(cut).names
+    probed: list[Name] = [*recording.structure.direct, *recording.shifts]
+    rest = [name for name in dict.fromkeys(probed) if name not in outputs]
+    if not rest:
+        return ops.zeros((), backend.wide_float())
+    moved, others = (
+        cut.product(names, outputs)(
+            cut.random(backend.normal, names, backend.fold_in(key, number))
+        )
+        for number, names in enumerate((outputs, rest), 2)
     )
-    moved = recording.random(backend.normal, space.names, backend.fold_in(key, 2))
-    product = recording.product(space.names, probed)(moved)
-    carried = space.back(probed)({name: product[name] for name in space.names})
-    distances = [
-        _relative(product[name] - carried[name], product[name], carried[name])
-        for name in probed
-    ]
+    distances = [_relative(others[name], moved[name]) for name in outputs]
     return ops.max(ops.stack(distances))
 
 

@@ -77,7 +77,7 @@ def find_forms(evaluation: Evaluation, structure: Structure) -> Forms | None:
     key = backend.array([0, 0], "int32")
     found, coupling = map(ops.convert_to_numpy, evaluation.at_first(errors, key))
     limit = evaluation.beyond_rounding(TOLERANCE)
-    if not coupling <= limit:
+    if not coupling <= structure.loss.epsilon ** (2 / 3):
         return None
     forms = []
     for diagonal, softmax in found:

@@ -41,15 +41,21 @@ class OpenedLoss:
             second derivative is then `M − G`, the model's own curvature, in the place
             of M. G is the Gauss–Newton part, `Jᵀ S J` with the Jacobian J of the
             model's outputs and the Hessian S of the loss by them.
+        cut: whether the outputs count as constants but for their shifts, whatever they
+            are computed from.
     """
 
     def __init__(
-        self, structure: Structure, outputs: bool = False, residual: bool = False
+        self,
+        structure: Structure,
+        outputs: bool = False,
+        residual: bool = False,
+        cut: bool = False,
     ):
         self.structure = structure
         self._uses = {use.place: use for use in structure.uses}
-        self._outputs = structure.outputs if outputs or residual else ()
-        self._residual = residual
+        self._outputs = structure.outputs if outputs or residual or cut else ()
+        self._residual, self._cut = residual, cut
 
     def __call__(
         self,
@@ -74,6 +80,8 @@ class OpenedLoss:
         given = given or {}
 
         def shifted(name: Place | Output, z: Tensor) -> Tensor:
+            if self._cut and name in self._outputs:
+                z = ops.stop_gradient(z)
             z = z + shifts[name] if name in shifts else z
             if name in self._outputs:
                 z = backend.hold_cotangent(z) if self._residual else z
@@ -181,7 +189,7 @@ class LayerRecording:
         state: values of all variables.
         batch: `(x, y, sample_weight)`.
         outputs: whether the model's outputs are shifted as well.
-        residual: see `OpenedLoss`.
+        residual, cut: see `OpenedLoss`.
         axes: axes of each variable that diagonals are taken in; `None` for entries.
 
     Attributes:
@@ -200,11 +208,12 @@ class LayerRecording:
         outputs: bool = False,
         residual: bool = False,
         axes: Sequence[Axes] | None = None,
+        cut: bool = False,
     ):
         self.structure = structure
         self.axes: list[Axes] = list(axes or [None] * len(state.values))
         self._made_of = state, batch
-        opened = OpenedLoss(structure, outputs, residual)
+        opened = OpenedLoss(structure, outputs, residual, cut)
         self.point: dict[Name, Tensor] = {i: state.values[i] for i in structure.direct}
         self.point |= opened.zeros(state, batch)
 
@@ -245,6 +254,10 @@ class LayerRecording:
     def residual(self) -> "LayerRecording":
         """The same with `M − G` in the place of M; see `OpenedLoss`."""
         return LayerRecording(self.structure, *self._made_of, residual=True)
+
+    def cut(self) -> "LayerRecording":
+        """The same with outputs that nothing but their shifts moves."""
+        return LayerRecording(self.structure, *self._made_of, cut=True)
 
     def paths(self, i: int) -> list[tuple[Any, Place]]:
         """The paths of a variable, by number, each with its place."""

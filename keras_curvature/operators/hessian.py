@@ -348,16 +348,19 @@ class HessianOperator:
         results, start, most = [], 0, backend.PRODUCTS_PER_PASS
         with backend.on(self.place):
             while start < count:
-                # Full groups and single products: two signatures, whatever the count.
-                # One that lacks a row is filled up, which costs less than the others
-                # one by one.
-                left = count - start
-                width = most if left >= most - 1 else 1
-                part = rows if width == count else rows[start : start + width]
-                if width > left:
-                    part = ops.concatenate([part, ops.zeros_like(part[:1])])
-                results.append(self._products(part)[:left])
-                start += width
+                # Single products, and groups that say how many of their rows count:
+                # two signatures, whatever the count.
+                left = min(most, count - start)
+                width = 1 if left == 1 else most
+                part = rows if left == count else rows[start : start + left]
+                if left < width:
+                    filling = ops.zeros_like(rows[:1])
+                    part = ops.concatenate([part, *(width - left) * [filling]])
+                # XLA on TensorFlow has to know how many of them to multiply.
+                known = self.evaluation.jit_compile
+                number = width if known else backend.array(left, "int32")
+                results.append(self._products(part, number)[:left])
+                start += left
             if len(results) == 1:
                 return results[0]
             return ops.concatenate(results) if results else rows
@@ -368,16 +371,18 @@ class HessianOperator:
         recording = backend.record(of_values(loss, state.others, batch), point)
         return recording.loss, recording.product(point, point)
 
-    def _by_tape(self, recorded: _Recorded, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_tape(
+        self, recorded: _Recorded, rows: Tensor, count: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
         layout, (loss, multiply) = self.evaluation.loss.layout, recorded
 
         def product(i: Any) -> Tensor:
             return layout.joined(list(multiply(layout.parted(rows[i])).values()))
 
-        return loss, backend.loop_range(product, ops.shape(rows)[0])
+        return loss, backend.loop_range(product, count, rows.shape[0])
 
     def _by_differences(
-        self, state: State, batch: Batch, rows: Tensor
+        self, state: State, batch: Batch, rows: Tensor, count: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         layout, loss = self.evaluation.loss.layout, self.evaluation.loss
 
@@ -390,7 +395,7 @@ class HessianOperator:
             return layout.joined(difference_product(gradient_at, values, direction))
 
         values = backend.values(state.values)
-        return loss(state, batch), backend.loop_range(product, ops.shape(rows)[0])
+        return loss(state, batch), backend.loop_range(product, count, rows.shape[0])
 
     def _gradient(
         self, state: State, batch: Batch

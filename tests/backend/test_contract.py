@@ -587,6 +587,21 @@ def test_integers_say_how_often_something_is_repeated():
         assert repeated.traces() == 1
 
 
+@pytest.mark.parametrize("most", [1, 4])
+def test_how_often_is_no_part_of_a_signature(most):
+    x = backend.array(np.arange(6), "float32")
+    repeated = backend.compiled(
+        lambda x, count: backend.loop_range(lambda i: x[i] ** 2, count, most)
+    )
+    for count in range(1, most + 1):
+        found = repeated(x, backend.array(count, "int32"))
+        assert count <= len(found) <= most
+        found = ops.convert_to_numpy(found)[:count]
+        np.testing.assert_array_equal(found, np.arange(count) ** 2.0)
+    if keras.backend.backend() != "torch":
+        assert repeated.traces() == 1
+
+
 @pytest.mark.parametrize("loop", [backend.map_range, backend.loop_range])
 @pytest.mark.parametrize("count", [1, 4])
 def test_ranges(loop, count):

@@ -182,6 +182,21 @@ def test_a_loss_that_is_not_convex_in_the_outputs():
         kc.hessian_diagonal(plain, method="split")
 
 
+def test_an_output_that_another_one_is_computed_from():
+    """It is moved where it is given alone, so that S is that of both outputs."""
+    x = keras.Input((3,))
+    first = layers.Dense(2)(x)
+    model = keras.Model(x, [first, layers.Dense(2)(ops.tanh(first))])
+    cases.randomize(model)
+    model.compile("sgd", ["mse", "mse"])
+    targets = [cases._numbers(6, 2, seed=n) for n in range(2)]
+    op = kc.HessianOperator(model, cases._numbers(6, 3), targets)
+    truth = np.diag(op.to_dense())
+    # A curvature that is diagonal by layer leaves no noise.
+    estimate = kc.hessian_diagonal(op, method="split", num_matvecs=16)
+    np.testing.assert_allclose(op.flatten(estimate.value), truth, atol=1e-5)
+
+
 def test_layers_that_are_known_by_name():
     """A table of positions has a row for each sample, though it sees none."""
     keras_hub = pytest.importorskip("keras_hub")

@@ -166,8 +166,15 @@ def test_several_vectors_at_once(count, float64):
     for i in range(count):
         np.testing.assert_allclose(products[:, i], op @ block[:, i], atol=1e-11)
     assert (op @ tf.constant(block)).shape == block.shape
-    # Full groups, and then any number.
+    # Groups of any number, and single ones.
     assert op._products.traces() <= 2
+
+
+def test_a_group_that_is_not_full_is_compiled_with_full_ones():
+    op = HessianOperator.from_function(lambda x: tf.reduce_sum(x**3), np.ones(5))
+    for count in (PRODUCTS_PER_PASS + 2, 2, PRODUCTS_PER_PASS - 1):
+        np.testing.assert_allclose(op @ np.eye(5, count), 6 * np.eye(5, count))
+    assert op._products.traces() == 1
 
 
 def test_order_is_that_of_the_trainable_variables():
