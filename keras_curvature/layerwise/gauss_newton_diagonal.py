@@ -1,6 +1,8 @@
 """The diagonal of the Gauss–Newton matrix, exactly or by samples."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
@@ -13,10 +15,10 @@ from keras_curvature.evaluation import Evaluation
 from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import LEAK, find_structure, half_of, shuffled
 from keras_curvature.layerwise.outputs import OutputSpace, output_sizes
-from keras_curvature.layerwise.penalties import exact_penalty
+from keras_curvature.layerwise.penalties import exact_penalties
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.sampled import Draw, Samples
-from keras_curvature.layerwise.structure import Name, num_samples
+from keras_curvature.layerwise.structure import Name, Structure, num_samples
 from keras_curvature.loss import State
 from keras_curvature.parameters import full_precision
 
@@ -51,7 +53,8 @@ class GaussNewtonDiagonal:
             for i in range(len(evaluation.loss.variables))
             if i not in self._structure.uses_of
         ]
-        self._exact = evaluation.mean_of(self._by_outputs)
+        exact = functools.partial(by_outputs, self._structure, self._uncovered)
+        self._exact = evaluation.mean_of(exact)
         self._samples: Samples | None = None
 
     def compute(
@@ -133,18 +136,6 @@ class GaussNewtonDiagonal:
             leaks.append(leaked / ops.where(whole > 0, whole, 1))
         return ops.cast(ops.maximum(*leaks), "float32")
 
-    def _by_outputs(
-        self, state: State, batch: Batch, axes: list[Axes] | None
-    ) -> tuple[Tensor, Tensor]:
-        recording = LayerRecording(self._structure, state, batch, True, axes=axes)
-        key = backend.array([0, 0], "int32")
-        parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
-        parts |= _by_samples(recording, self._uncovered)
-        layout = self._evaluation.loss.layout
-        return recording.loss, layout.joined(
-            [parts[i] + exact_penalty(recording, i, key) for i in sorted(parts)]
-        )
-
     def _prepared(
         self,
         state: State,
@@ -163,10 +154,7 @@ class GaussNewtonDiagonal:
         uncovered = [i for i in self._uncovered if i in recording.point]
         wanted: list[Name] = [*uncovered, *recording.shifts]
         back = space.back(wanted)
-        zero = backend.array([0, 0], "int32")
-        penalties = [
-            exact_penalty(recording, i, zero) for i in range(len(state.values))
-        ]
+        penalties = exact_penalties(recording)
 
         def draw(key: Tensor) -> list[Tensor]:
             signs = backend.signs(ops.shape(s)[:2], key, s.dtype)
@@ -178,7 +166,34 @@ class GaussNewtonDiagonal:
         return recording.loss, draw
 
 
-def _by_samples(recording: LayerRecording, variables: list[int]) -> dict[int, Tensor]:
+def by_outputs(
+    structure: Structure,
+    uncovered: Sequence[int],
+    state: State,
+    batch: Batch,
+    axes: list[Axes] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the exact diagonal, from a backward pass for each output; to trace.
+
+    Args:
+        structure: what is known of the model's layers.
+        uncovered: variables that take two more passes for each output and sample.
+        state: values of all variables.
+        batch: `(x, y, sample_weight)`.
+        axes: of each variable, that the diagonal is taken in.
+    """
+    recording = LayerRecording(structure, state, batch, outputs=True, axes=axes)
+    parts = gauss_newton.diagonal(recording, list(structure.uses_of))
+    parts |= _by_samples(recording, uncovered)
+    penalties = enumerate(exact_penalties(recording))
+    return recording.loss, structure.loss.layout.joined(
+        [parts.get(i, 0.0) + penalty for i, penalty in penalties]
+    )
+
+
+def _by_samples(
+    recording: LayerRecording, variables: Sequence[int]
+) -> dict[int, Tensor]:
     """`Σ_n Σ_cd S_ncd ∂f_nc/∂θ ⊙ ∂f_nd/∂θ` for variables that no rule covers."""
     parts = {i: ops.zeros_like(recording.value(i)) for i in variables}
     acting = [i for i in variables if i in recording.point]

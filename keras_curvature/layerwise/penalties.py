@@ -31,6 +31,13 @@ def off_diagonal(recording: LayerRecording, i: int, key: Tensor) -> Tensor:
     return _off_diagonal(lambda v: multiply({i: v})[i], recording.value(i), key, i)
 
 
+def exact_penalties(recording: LayerRecording) -> list[Tensor]:
+    """`exact_penalty` of each variable."""
+    key = backend.array([0, 0], "int32")
+    count = len(recording.structure.loss.variables)
+    return [exact_penalty(recording, i, key) for i in range(count)]
+
+
 def exact_penalty(recording: LayerRecording, i: int, key: Tensor) -> Tensor:
     """The diagonal of a penalty's Hessian, whether it is diagonal or not, in its axes.
 

@@ -22,11 +22,11 @@ from keras_curvature.axes import Axes
 from keras_curvature.backend import Tensor
 from keras_curvature.data_sets import Batch
 from keras_curvature.evaluation import Evaluation
-from keras_curvature.layerwise import gauss_newton
 from keras_curvature.layerwise.checks import checked, find_structure
+from keras_curvature.layerwise.gauss_newton_diagonal import by_outputs
 from keras_curvature.layerwise.opened import Place
 from keras_curvature.layerwise.output_roots import Forms, Roots, find_forms
-from keras_curvature.layerwise.penalties import exact_penalty
+from keras_curvature.layerwise.penalties import exact_penalties
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.sampled import Draw, Samples
 from keras_curvature.layerwise.structure import Name, Structure, survey
@@ -88,8 +88,7 @@ class SplitDiagonal:
             kind: Samples(evaluation, functools.partial(_of_rest, one))
             for kind, one in kinds.items()
         }
-        self._structure = opened
-        self._exact = evaluation.mean_of(self._all_of_gauss_newton)
+        self._exact = evaluation.mean_of(functools.partial(by_outputs, opened, ()))
 
     def exact_gauss_newton(self, axes: list[Axes] | None = None) -> Tensor:
         """The first part exactly, `(P,)`, for `num_outputs` backward passes.
@@ -98,23 +97,6 @@ class SplitDiagonal:
             axes: of each variable, that the diagonal is taken in.
         """
         return self._exact(axes)
-
-    # While tracing
-
-    def _all_of_gauss_newton(
-        self, state: State, batch: Batch, axes: list[Axes] | None
-    ) -> tuple[Tensor, Tensor]:
-        recording = LayerRecording(
-            self._structure, state, batch, outputs=True, axes=axes
-        )
-        parts = gauss_newton.diagonal(recording, list(self._structure.uses_of))
-        layout = self._structure.loss.layout
-        return recording.loss, layout.joined(
-            [
-                parts.get(i, 0.0) + penalty
-                for i, penalty in enumerate(_penalties(recording))
-            ]
-        )
 
 
 def _outputs_alone(found: Structure) -> Structure:
@@ -138,7 +120,7 @@ def _of_gauss_newton(
     recording = LayerRecording(structure, state, batch, outputs=True, axes=axes)
     roots, wanted = Roots(recording, forms), _moved(recording)
     back = recording.pull_back(structure.outputs, wanted)
-    penalties = _penalties(recording)
+    penalties = exact_penalties(recording)
 
     def draw(key: Tensor) -> list[Tensor]:
         g = back(roots(key))
@@ -157,7 +139,7 @@ def _of_rest(
     # What stands for a penalty and nothing else does not move; of others it is known.
     penalties = [
         ops.zeros_like(p) if i in structure.uses_of else p
-        for i, p in enumerate(_penalties(recording))
+        for i, p in enumerate(exact_penalties(recording))
     ]
 
     def draw(key: Tensor) -> list[Tensor]:
@@ -173,12 +155,6 @@ def _moved(recording: LayerRecording) -> list[Name]:
     structure = recording.structure
     free = [i for i in structure.direct if i not in structure.uses_of]
     return [*free, *recording.shifts]
-
-
-def _penalties(recording: LayerRecording) -> list[Tensor]:
-    key = backend.array([0, 0], "int32")
-    count = len(recording.structure.loss.variables)
-    return [exact_penalty(recording, i, key) for i in range(count)]
 
 
 def _regularized(structure: Structure, alone: Structure) -> bool:

@@ -12,6 +12,7 @@ from keras import layers, ops
 import keras_curvature as kc
 from keras_curvature.diagonal import diagonal_moments, is_split, sampled_method
 from keras_curvature.layerwise import SplitDiagonal
+from keras_curvature.layerwise.checks import find_structure
 from keras_curvature.layerwise.output_roots import find_forms
 from keras_curvature.layerwise.rules import rule_for
 from keras_curvature.layerwise.structure import survey
@@ -206,7 +207,7 @@ def test_layers_that_are_known_by_name():
     hidden = layers.Dense(3, activation="tanh")(inputs + position(inputs))
     model = cases.functional(inputs, layers.Dense(2)(hidden))
     op = kc.HessianOperator(model, cases._numbers(5, 4, 3), cases._numbers(5, 4, 2))
-    coverage = op.evaluation.once(SplitDiagonal)._structure.coverage
+    coverage = op.evaluation.once(find_structure).of_first_order.coverage
     assert set(coverage.values()) == {"layer outputs"}
     diagonal = op.flatten(kc.hessian_diagonal(op, method="exact").value)
     expected = np.diag(op.to_dense())
