@@ -275,7 +275,7 @@ def test_an_interruption_returns_what_is_known(
 def test_a_second_interruption_is_raised(monkeypatch):
     op = operator()
 
-    def interrupted(columns):
+    def interrupted(rows, count):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
