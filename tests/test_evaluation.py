@@ -421,4 +421,6 @@ def test_one_graph_for_all_products_that_follow_each_other(monkeypatch):
     assert not np.allclose(op @ v, expected)
     # Several batches would each need the memory of one.
     op = HessianOperator(model, X, Y, batch_size=4)
-    assert graphs(lambda: op @ np.stack([v, v], 1)) == 2 * 2
+    assert graphs(lambda: (op @ v, op @ v)) == 2 * 2
+    # Those of one group have them in common.
+    assert graphs(lambda: op @ np.stack([v, v], 1)) == 2
