@@ -113,8 +113,7 @@ class ExactDiagonal:
         coupling, departures, noise, penalties = (
             ops.convert_to_numpy(x) for x in certificates
         )
-        # Rounding is orders below, a curved activation orders above.
-        threshold = structure.loss.epsilon ** (2 / 3)
+        threshold = gauss_newton.beyond_rounding(structure)
         piecewise: set[Place] = set()
         num_outputs = math.inf
         if coupling < threshold:
@@ -173,7 +172,8 @@ class ExactDiagonal:
         one = ops.ones_like(recording.loss)
         coupling, departures, noise = one, [one] * len(structure.uses), one
         if with_outputs:
-            coupling = gauss_newton.coupling(recording, key)
+            cut = LayerRecording(structure, state, batch, cut=True)
+            coupling = gauss_newton.coupling(cut, key)
             departures, noise = gauss_newton.departure(recording, key)
         penalties = [off_diagonal(recording, i, key) for i in self._penalized()]
         return recording.loss, (

@@ -8,6 +8,7 @@ is left out. For a model that is piecewise linear between a layer and its output
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
@@ -18,7 +19,7 @@ from keras_curvature.layerwise.opened import Place
 from keras_curvature.layerwise.outputs import UNKNOWN_SIZE, OutputSpace, flat_samples
 from keras_curvature.layerwise.recording import LayerRecording
 from keras_curvature.layerwise.rules import stacked_products
-from keras_curvature.layerwise.structure import Name
+from keras_curvature.layerwise.structure import Name, Structure
 
 #: Bound for the elements of all outputs' rows at the layers (64 MiB in float32);
 #: beyond it, they are computed a few at a time.
@@ -149,6 +150,15 @@ def departure(recording: LayerRecording, key: Tensor) -> tuple[list[Tensor], Ten
     return [_relative(residual[name], product[name]) for name in probed], noise
 
 
+def beyond_rounding(structure: Structure) -> float:
+    """The relative size from which a departure or a coupling is more than rounding.
+
+    Rounding is orders below, a curved activation orders above.
+    """
+    size: float = structure.loss.epsilon ** (2 / 3)
+    return size
+
+
 def coupling(recording: LayerRecording, key: Tensor) -> Tensor:
     """How far the loss is from a function of the outputs plus one of the rest.
 
@@ -157,26 +167,26 @@ def coupling(recording: LayerRecording, key: Tensor) -> Tensor:
     derivative of what comes before the outputs is needed to see that.
 
     Args:
-        recording: a `LayerRecording` with outputs.
+        recording: a `LayerRecording` with outputs that are cut off.
         key: key of the directions.
 
     Returns:
         How far a random move of all the rest changes the slopes by the outputs while
         these stay, relative to what a move of the outputs does; a scalar.
     """
-    cut = recording.cut()
-    outputs = OutputSpace(cut).names
+    outputs = recording.structure.outputs
     probed: list[Name] = [*recording.structure.direct, *recording.shifts]
     rest = [name for name in dict.fromkeys(probed) if name not in outputs]
     if not rest:
         return ops.zeros((), backend.wide_float())
-    moved, others = (
-        cut.product(names, outputs)(
-            cut.random(backend.normal, names, backend.fold_in(key, number))
-        )
-        for number, names in enumerate((outputs, rest), 2)
-    )
-    distances = [_relative(others[name], moved[name]) for name in outputs]
+
+    def changed(names: Sequence[Name], number: int) -> dict[Name, Tensor]:
+        own = backend.fold_in(key, number)
+        move = recording.random(backend.normal, names, own)
+        return recording.product(names, outputs)(move)
+
+    by_outputs, by_rest = changed(outputs, 2), changed(rest, 3)
+    distances = [_relative(by_rest[name], by_outputs[name]) for name in outputs]
     return ops.max(ops.stack(distances))
 
 

@@ -71,13 +71,13 @@ def find_forms(evaluation: Evaluation, structure: Structure) -> Forms | None:
         return None
 
     def errors(state: State, batch: Batch, key: Tensor) -> tuple[Tensor, Tensor]:
-        recording = LayerRecording(structure, state, batch, outputs=True)
+        recording = LayerRecording(structure, state, batch, cut=True)
         return _errors(recording, key), gauss_newton.coupling(recording, key)
 
     key = backend.array([0, 0], "int32")
     found, coupling = map(ops.convert_to_numpy, evaluation.at_first(errors, key))
     limit = evaluation.beyond_rounding(TOLERANCE)
-    if not coupling <= structure.loss.epsilon ** (2 / 3):
+    if not coupling <= gauss_newton.beyond_rounding(structure):
         return None
     forms = []
     for diagonal, softmax in found:

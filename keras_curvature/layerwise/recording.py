@@ -255,10 +255,6 @@ class LayerRecording:
         """The same with `M − G` in the place of M; see `OpenedLoss`."""
         return LayerRecording(self.structure, *self._made_of, residual=True)
 
-    def cut(self) -> "LayerRecording":
-        """The same with outputs that nothing but their shifts moves."""
-        return LayerRecording(self.structure, *self._made_of, cut=True)
-
     def paths(self, i: int) -> list[tuple[Any, Place]]:
         """The paths of a variable, by number, each with its place."""
         variable = self.structure.loss.variables[i]

@@ -354,8 +354,7 @@ class HessianOperator:
                 width = 1 if left == 1 else most
                 part = rows if left == count else rows[start : start + left]
                 if left < width:
-                    filling = ops.zeros_like(rows[:1])
-                    part = ops.concatenate([part, *(width - left) * [filling]])
+                    part = ops.pad(part, ((0, width - left), (0, 0)))
                 # XLA on TensorFlow has to know how many of them to multiply.
                 known = self.evaluation.jit_compile
                 number = width if known else backend.array(left, "int32")
